@@ -1,0 +1,57 @@
+# Every target sets itself up: a virtual environment in .venv, the pinned packages, the extension.
+#   make setup PYTHON=python3.12      another interpreter
+#   make setup PIP_ARGS="..."         more arguments for pip, such as the index of PyTorch's CPU-only wheels
+#   make setup FRACTAL_BUILD=cpu      stop if the extension cannot be built (auto, none, cpu, cuda)
+#   make test  ARGS="-k join"         more arguments for the command that the target runs
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+STAMP := .venv/.stamp
+CSRC := $(shell find csrc -type f)
+
+.PHONY: setup demo test lint bench docs wheel clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot create virtual environments; on Debian/Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(STAMP): constraints.txt setup.py pyproject.toml $(CSRC) | $(PY)
+	$(PIP) torch setuptools wheel ninja pybind11
+	$(PIP) --no-build-isolation -e '.[demo,dev]'
+	@$(PY) -m fractal_kernels.info
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) -m fractalnet train digits --out runs/digits $(ARGS)
+
+test: $(STAMP)
+	$(PY) -m pytest -q tests $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $(filter %.cpp %.h %.inc,$(CSRC))
+	$(PY) -m mypy fractal_kernels
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.report --run $(ARGS)
+
+docs: $(STAMP)
+	$(PY) -m benchmarks.report --write
+
+wheel: $(STAMP)
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info python/*.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache fractal_kernels/_C.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,204 @@
+"""What the library is measured against: the join and the network as public PyTorch code has them,
+and a clean dense network for torch.compile.
+
+Nothing here uses the library. A network takes its weights from a `fractalnet.FractalNet` with
+`load_from`, so that a benchmark can hold the outputs together before it looks at the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import LOCAL_DROP, draw_mask
+
+# --- joins -------------------------------------------------------------------------------------
+
+
+def eager_mean_join(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The join as public implementations write it: stack, mask, sum, divide. 5k + 3 tensor passes.
+
+    inputs: k tensors [N, C, H, W]; mask: [k] or [k, N], nonzero = kept.
+    """
+    stacked = torch.stack(tuple(inputs))
+    mask = mask.to(stacked.dtype).view(len(inputs), -1, 1, 1, 1)
+    alive = mask.sum(dim=0).clamp(min=1)
+    return (stacked * mask).sum(dim=0) / alive
+
+
+def eager_bn_relu_join(inputs: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], mask: Tensor) -> Tensor:
+    """Batch norm and ReLU on each branch, then the join above."""
+    return eager_mean_join([F.relu_(norm(y)) for y, norm in zip(inputs, norms, strict=True)], mask)
+
+
+def clean_mean_join(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The same maths with nothing in a compiler's way: no stack, one expression."""
+    weights = mask.to(inputs[0].dtype).view(len(inputs), -1, 1, 1, 1)
+    total = inputs[0] * weights[0]
+    for i in range(1, len(inputs)):
+        total = total + inputs[i] * weights[i]
+    return total * (1.0 / weights.sum(dim=0).clamp(min=1))
+
+
+def clean_bn_relu_join(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    running_means: Sequence[Tensor],
+    running_vars: Sequence[Tensor],
+    mask: Tensor,
+) -> Tensor:
+    """Batch norm in training and ReLU on each branch, then the clean join."""
+    branches = [
+        F.relu(F.batch_norm(y, mean, var, weight, bias, training=True))
+        for y, mean, var, weight, bias in zip(inputs, running_means, running_vars, weights, biases, strict=True)
+    ]
+    return clean_mean_join(branches, mask)
+
+
+# --- networks ----------------------------------------------------------------------------------
+
+
+def columns_ending(columns: int) -> list[list[int]]:
+    """Per row of a block, the columns that have a conv ending there: row r ends column c when
+    its conv, which spans 2**(columns-1-c) rows, does."""
+    rows = 2 ** (columns - 1)
+    return [[c for c in range(columns) if (r + 1) % (rows >> c) == 0] for r in range(rows)]
+
+
+class ConvBlock(nn.Module):
+    """3×3 convolution without bias, batch norm, ReLU in place."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)))
+
+
+class Block(nn.Module):
+    """The grid of one fractal block: column c is a list of 2**c conv blocks."""
+
+    def __init__(self, columns: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.grid = nn.ModuleList(
+            nn.ModuleList(ConvBlock(in_channels if j == 0 else out_channels, out_channels) for j in range(2**c))
+            for c in range(columns)
+        )
+        self.ending = columns_ending(columns)
+
+
+class Grid(nn.Module):
+    """Blocks and a linear head; what the two networks below share."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        columns: int,
+        channels: Sequence[int],
+        *,
+        in_channels: int = 3,
+        image_size: int = 32,
+        local_drop: float = LOCAL_DROP,
+    ) -> None:
+        super().__init__()
+        self.columns, self.channels, self.local_drop = columns, tuple(channels), local_drop
+        widths = (in_channels, *channels)
+        self.blocks = nn.ModuleList(Block(columns, i, o) for i, o in zip(widths, channels, strict=False))
+        size = image_size >> len(self.channels)
+        if size < 1:
+            raise ValueError(f"Grid: expected image_size >= {2 ** len(self.channels)}, got {image_size}")
+        self.head = nn.Linear(channels[-1] * size * size, num_classes)
+
+    @torch.no_grad()
+    def load_from(self, model: nn.Module) -> None:
+        """Copies weights and running statistics (set 0) from a `fractalnet.FractalNet`."""
+        for b, block in enumerate(self.blocks):
+            for c, column in enumerate(block.grid):
+                for j, cell in enumerate(column):
+                    unit = model.blocks[b].unit(c, j)
+                    cell.conv.weight.copy_(unit.weight)
+                    cell.bn.weight.copy_(unit.gamma)
+                    cell.bn.bias.copy_(unit.beta)
+                    cell.bn.running_mean.copy_(unit.running_mean)
+                    cell.bn.running_var.copy_(unit.running_var)
+        self.head.load_state_dict(model.head.state_dict())
+
+    def full_masks(self, samples: int | None = None) -> Tensor:
+        """Nothing dropped: ones of shape [B, R, C], or [B, R, C, samples]."""
+        shape = (len(self.channels), 2 ** (self.columns - 1), self.columns)
+        return torch.ones(*shape if samples is None else (*shape, samples), dtype=torch.bool)
+
+
+class PublicFractalNet(Grid):
+    """The network as widely used public PyTorch FractalNets are written; meant for NCHW tensors.
+
+    Every conv runs at every step. Each join, those of a single column included, stacks its inputs
+    and applies a per-sample mask drawn on the spot: the first half of the batch keeps one column
+    per sample throughout the network, the other half drops each input with probability
+    `local_drop`. Each column is pooled before the last join of its block.
+    """
+
+    def draw_masks(self, samples: int, kept_column: Tensor, columns: list[int]) -> Tensor:
+        """Mask [k, samples] of one join of `columns`."""
+        single = kept_column == torch.tensor(columns).unsqueeze(1)
+        local = draw_mask(len(columns), samples - kept_column.numel(), self.local_drop)
+        return torch.cat([single, local], dim=1)
+
+    def join(self, outs: list[Tensor], mask: Tensor | None) -> Tensor:
+        return torch.stack(outs).mean(dim=0) if mask is None else eager_mean_join(outs, mask)
+
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """masks: [B, R, C] or [B, R, C, N], nonzero = kept; None draws them in training."""
+        samples = x.shape[0]
+        kept_column = torch.randint(self.columns, (samples // 2,))
+        for b, block in enumerate(self.blocks):
+            outs = [x] * self.columns
+            for r, ending in enumerate(block.ending):
+                last = r + 1 == len(block.ending)
+                current = []
+                for c in ending:
+                    out = block.grid[c][(r + 1) * 2**c // len(block.ending) - 1](outs[c])
+                    current.append(F.max_pool2d(out, 2) if last else out)
+                mask = None
+                if masks is not None:
+                    mask = masks[b, r, ending]
+                elif self.training:
+                    mask = self.draw_masks(samples, kept_column, ending)
+                x = self.join(current, mask)
+                for c in ending:
+                    outs[c] = x
+        return self.head(x.flatten(1))
+
+
+class DenseFractalNet(Grid):
+    """A clean dense network for torch.compile(fullgraph=True); meant for channels_last tensors.
+
+    Every conv runs at every step, the masks are a tensor argument, and a join is one expression,
+    Σ mask_i·branch_i / count, that a compiler can fuse with what surrounds it.
+    """
+
+    def forward(self, x: Tensor, masks: Tensor) -> Tensor:
+        """masks: bool [B, R, C] (one draw for the batch) or [B, R, C, N]."""
+        weights = masks.to(x.dtype).reshape(*masks.shape[:3], -1, 1, 1, 1)
+        for b, block in enumerate(self.blocks):
+            outs = [x] * self.columns
+            for r, ending in enumerate(block.ending):
+                total = count = 0
+                for c in ending:
+                    cell = block.grid[c][(r + 1) * 2**c // len(block.ending) - 1]
+                    branch = F.relu(cell.bn(cell.conv(outs[c])))
+                    if r + 1 == len(block.ending):
+                        branch = F.max_pool2d(branch, 2)
+                    total = total + weights[b, r, c] * branch
+                    count = count + weights[b, r, c]
+                x = total * (1.0 / count.clamp(min=1))
+                for c in ending:
+                    outs[c] = x
+        return self.head(x.flatten(1))

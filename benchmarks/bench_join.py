@@ -1,0 +1,200 @@
+"""Joins of three branches [32, 64, 32, 32], channels_last, against eager and compiled PyTorch and a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fractal_kernels as fk
+from benchmarks import cases
+from benchmarks.baselines import clean_bn_relu_join, clean_mean_join, eager_bn_relu_join, eager_mean_join
+from benchmarks.compare import hold_together
+
+K = cases.JOIN_BRANCHES
+N, C = cases.JOIN_SHAPE[:2]
+SHAPE = "×".join(map(str, cases.JOIN_SHAPE))
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+MASKS = {
+    "all": "none dropped",
+    "sample": "15 % dropped per sample",
+    "batch": "one branch dropped for the batch",
+}
+
+
+def make_mask(kind: str) -> Tensor:
+    """Bool [K, N]; of kind "batch", every sample drops the same branch."""
+    if kind == "sample":
+        return cases.draw_mask(K, N, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(K, N, dtype=torch.bool)
+    mask[1] = kind != "batch"
+    return mask
+
+
+def label(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def further(row: dict[str, Any]) -> dict[str, float]:
+    """How many times as fast as with fp32 inputs, and as eager on contiguous (NCHW) tensors."""
+    names = {"ours_fp32": "vs_fp32", "eager_nchw": "vs_eager_nchw"}
+    return {key: row["ratios"][name]["figures"] for name, key in names.items() if name in row["ratios"]}
+
+
+def contiguous(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().contiguous().requires_grad_() for x in inputs]
+
+
+class Norms:
+    """Fp32 parameters and running statistics of K batch norms, and the eager modules that hold the same."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [torch.rand(C, generator=generator).add_(0.5).requires_grad_() for _ in range(K)]
+        self.biases = [torch.randn(C, generator=generator).mul_(0.1).requires_grad_() for _ in range(K)]
+        self.means = [torch.zeros(C) for _ in range(K)]
+        self.vars = [torch.ones(C) for _ in range(K)]
+        self.modules = [nn.BatchNorm2d(C) for _ in range(K)]
+        for module, weight, bias in zip(self.modules, self.weights, self.biases, strict=True):
+            module.weight, module.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+
+    def tensors(self) -> tuple[list[Tensor], ...]:
+        return self.weights, self.biases, self.means, self.vars
+
+    def trained(self) -> list[Tensor]:
+        return [*self.weights, *self.biases]
+
+    def trained_modules(self) -> list[Tensor]:
+        return [*(m.weight for m in self.modules), *(m.bias for m in self.modules)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "all"), (torch.float32, "sample"), (torch.bfloat16, "all")],
+    ids=["fp32-all", "fp32-sample", "bf16-all"],
+)
+def test_mean_join_forward(compare: Callable[..., None], dtype: torch.dtype, kind: str) -> None:
+    """Forward without gradients, and the bandwidth it reaches as a share of a copy's."""
+    mask = make_mask(kind)
+    inputs = [x.detach() for x in cases.join_inputs(dtype)[0]]
+    fused = compiled(clean_mean_join)
+    tensors_moved = int(mask.sum()) / N + 1  # live branches read, output written
+    moved = tensors_moved * inputs[0].numel() * inputs[0].element_size()
+    source = torch.randn(int(tensors_moved / 2 * inputs[0].numel())).to(dtype)
+    target = torch.empty_like(source)
+
+    with torch.no_grad():
+        expected = [eager_mean_join([x.float() for x in inputs], mask)]
+        hold_together("masked_mean_join", [fk.masked_mean_join(inputs, mask)], expected, TOLERANCE[dtype])
+        hold_together("compiled join", [fused(inputs, mask)], expected, TOLERANCE[dtype])
+        contenders = {
+            "ours": lambda i: fk.masked_mean_join(inputs, mask),
+            "eager": lambda i: eager_mean_join(inputs, mask),
+            "compiled": lambda i: fused(inputs, mask),
+            "copy": lambda i: target.copy_(source),
+        }
+        if dtype != torch.float32:
+            wide = [x.float() for x in inputs]
+            contenders["ours_fp32"] = lambda i: fk.masked_mean_join(wide, mask)
+
+        def extra(row: dict[str, Any]) -> dict[str, float]:
+            seconds = {name: 1e-3 * c["figure"] for name, c in row["contenders"].items()}
+            copied = 2 * source.numel() * source.element_size()
+            return {
+                "gb_per_s": 1e-9 * moved / seconds["ours"],
+                "copy_gb_per_s": 1e-9 * copied / seconds["copy"],
+                "share_of_copy": (moved / seconds["ours"]) / (copied / seconds["copy"]),
+                **further(row),
+            }
+
+        compare("join", f"masked_mean_join, forward, {label(dtype)}, {MASKS[kind]}", contenders, 60, extra=extra)
+
+
+def gradients(function: Callable[..., Tensor], grad: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+    """The output and the gradients of one forward and backward."""
+    out = function()
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "all"), (torch.float32, "sample"), (torch.float32, "batch"), (torch.bfloat16, "sample")],
+    ids=["fp32-all", "fp32-sample", "fp32-batch", "bf16-sample"],
+)
+def test_mean_join_training(compare: Callable[..., None], dtype: torch.dtype, kind: str) -> None:
+    """Forward and backward. A mask of one draw for the batch reaches ours as [K], the baselines as [K, N]."""
+    mask = make_mask(kind)
+    own = mask[:, 0].clone() if kind == "batch" else mask
+    inputs, grad = cases.join_inputs(dtype)
+    fused = compiled(clean_mean_join)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    wide_grad = grad.float()
+
+    contenders = {
+        "ours": lambda i: gradients(lambda: fk.masked_mean_join(inputs, own), grad, inputs),
+        "eager": lambda i: gradients(lambda: eager_mean_join(inputs, mask), grad, inputs),
+        "compiled": lambda i: gradients(lambda: fused(inputs, mask), grad, inputs),
+    }
+    expected = gradients(lambda: eager_mean_join(wide, mask), wide_grad, wide)
+    for name in ("ours", "compiled"):
+        hold_together(f"{name}, mean join", contenders[name](0), expected, TOLERANCE[dtype])
+    if dtype != torch.float32:
+        contenders["ours_fp32"] = lambda i: gradients(lambda: fk.masked_mean_join(wide, own), wide_grad, wide)
+    else:
+        flat, flat_grad = contiguous(inputs), grad.contiguous()
+        contenders["eager_nchw"] = lambda i: gradients(lambda: eager_mean_join(flat, mask), flat_grad, flat)
+    what = f"masked_mean_join, forward + backward, {label(dtype)}, {MASKS[kind]}"
+    compare("join", what, contenders, 40, extra=further)
+
+
+@DTYPES
+def test_bn_relu_join_training(compare: Callable[..., None], dtype: torch.dtype) -> None:
+    """Batch norm in training, ReLU and masked mean, forward and backward; fp32 parameters."""
+    mask = make_mask("sample")
+    inputs, grad = cases.join_inputs(dtype)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    wide_grad = grad.float()
+    own, own_fp32, norms, reference, other = (Norms() for _ in range(5))
+    fused = compiled(clean_bn_relu_join)
+
+    contenders = {
+        "ours": lambda i: gradients(
+            lambda: fk.bn_relu_join(inputs, *own.tensors(), mask, training=True), grad, [*inputs, *own.trained()]
+        ),
+        "eager": lambda i: gradients(
+            lambda: eager_bn_relu_join(inputs, norms.modules, mask), grad, [*inputs, *norms.trained_modules()]
+        ),
+        "compiled": lambda i: gradients(
+            lambda: fused(inputs, *other.tensors(), mask), grad, [*inputs, *other.trained()]
+        ),
+    }
+    expected = gradients(
+        lambda: eager_bn_relu_join(wide, reference.modules, mask), wide_grad, [*wide, *reference.trained_modules()]
+    )
+    for name in ("ours", "compiled"):
+        hold_together(f"{name}, bn_relu_join", contenders[name](0), expected, TOLERANCE[dtype])
+    statistics = [*(m.running_mean for m in reference.modules), *(m.running_var for m in reference.modules)]
+    hold_together("ours, running statistics", [*own.means, *own.vars], statistics, TOLERANCE[dtype])
+    if dtype != torch.float32:
+        contenders["ours_fp32"] = lambda i: gradients(
+            lambda: fk.bn_relu_join(wide, *own_fp32.tensors(), mask, training=True),
+            wide_grad,
+            [*wide, *own_fp32.trained()],
+        )
+    else:
+        flat, flat_grad, flat_norms = contiguous(inputs), grad.contiguous(), Norms()
+        contenders["eager_nchw"] = lambda i: gradients(
+            lambda: eager_bn_relu_join(flat, flat_norms.modules, mask),
+            flat_grad,
+            [*flat, *flat_norms.trained_modules()],
+        )
+    what = f"bn_relu_join in training, forward + backward, {label(dtype)}, {MASKS['sample']}"
+    compare("join", what, contenders, 30, extra=further)

@@ -1,0 +1,249 @@
+"""Runs the benchmarks, condenses their output into results/, and writes the README's table from it.
+
+python -m benchmarks.report --run     runs everything and writes benchmarks/results/cpu.json
+python -m benchmarks.report --write   regenerates the table between the markers in README.md
+python -m benchmarks.report --check   exits 1 when that table is not what --write would write
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
+HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
+GROUPS = ("join", "step", "memory")
+
+
+class ReportError(Exception):
+    """Something that the user has to put right; the text says what."""
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def notes(row: dict[str, Any]) -> str:
+    extra = row["extra"]
+    texts = []
+    if "share_of_copy" in extra:
+        texts.append(f"{100 * extra['share_of_copy']:.0f} % of a copy's bandwidth ({number(extra['gb_per_s'])} GB/s)")
+    if "vs_fp32" in extra:
+        texts.append(f"{number(extra['vs_fp32'])}× the speed of fp32")
+    if "vs_eager_nchw" in extra:
+        texts.append(f"{number(extra['vs_eager_nchw'])}× eager on NCHW tensors")
+    if "share_of_eager" in extra:
+        texts.append(
+            f"{number(extra['share_of_eager'])} of eager's; "
+            f"allocated and still held: {number(extra['held_share_of_eager'])}"
+        )
+    return "; ".join(texts)
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    ratios = row["ratios"]
+
+    def ratio(name: str) -> str:
+        return f"{number(ratios[name]['figures'])}×" if name in ratios else "–"
+
+    ours = f"{number(row['contenders']['ours']['figure'])} {row['unit']}"
+    return row["what"], ours, ratio("eager"), ratio("compiled"), notes(row)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    lines = [HEADER, *map(cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """What stands between the markers: a table and a line of provenance per machine."""
+    parts = []
+    for result in results:
+        machine = result["machine"]
+        lines = ["| " + " | ".join(HEADER) + " |", "|---|---:|---:|---:|---|"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+        commit = result["commit"] or "no commit"
+        source = f"{machine['device']}, {machine['cores']} cores, {machine['simd']}, PyTorch {machine['torch']}"
+        lines += ["", f"{source}; {result['date'][:10]}, {commit[:10]}, `{result['command']}`."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "device": cpu_name(),
+        "cores": cores,
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit measured, with "-dirty" when something other than the results and the README differs from it."""
+    sha = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    return f"{sha}-dirty" if sha and changed else sha
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def condense(output: dict[str, Any], command: str) -> dict[str, Any]:
+    """pytest-benchmark's JSON → the rows, and where and how they were measured."""
+    rows = []
+    for entry in output["benchmarks"]:
+        if "what" not in entry["extra_info"]:
+            raise ReportError(f"{entry['name']}: expected a row of figures in extra_info, got none")
+        rows.append(rounded(entry["extra_info"]))
+    if not rows:
+        raise ReportError("the run produced no figures")
+    rows.sort(key=lambda row: GROUPS.index(row["group"]))
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"machine": machine(), "date": date, "commit": commit(), "command": command, "rows": rows}
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def run(output: Path, pytest_arguments: Sequence[str]) -> None:
+    """Runs the benchmarks; figures of a partial run (any further argument) are shown but not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        arguments = [*PYTEST, *pytest_arguments]
+        done = subprocess.run([sys.executable, "-m", *arguments, f"--benchmark-json={raw}"], cwd=ROOT, check=False)
+        if done.returncode:
+            raise ReportError(f"pytest exited with {done.returncode}: no figures kept")
+        result = condense(json.loads(raw.read_text()), shlex.join(["python", "-m", *arguments]))
+    if pytest_arguments:
+        print(f"partial run: {output.name} left as it is")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote {output}")
+
+
+# --- the README --------------------------------------------------------------------------------
+
+
+def load_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ReportError(f"no results in {folder}: run `python -m benchmarks.report --run` first")
+    results = []
+    for file in files:
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            markdown([result])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"{file}: not a file that --run writes ({type(error).__name__}: {error})") from error
+        results.append(result)
+    return results
+
+
+def with_table(text: str, content: str) -> str:
+    """`text` with `content` between the two markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ReportError(f"{README.name}: expected one line {BEGIN} and, after it, one line {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def read_readme() -> str:
+    try:
+        return README.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"cannot read {README}: {error.strerror}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--run", action="store_true", help="run; further arguments go to pytest, and then nothing is kept"
+    )
+    action.add_argument("--write", action="store_true", help="write the README's table")
+    action.add_argument("--check", action="store_true", help="exit 1 when the README's table is stale")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where --run keeps its figures")
+    options, further = parser.parse_known_args(argv)
+    if further and not options.run:
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    try:
+        if options.run:
+            run(options.output, further)
+            return 0
+        text = read_readme()
+        fresh = with_table(text, markdown(load_results()))
+        if options.check and fresh != text:
+            raise ReportError(f"{README.name}: the benchmark table is stale: run `python -m benchmarks.report --write`")
+        if options.write and fresh != text:
+            write_text(README, fresh)
+    except ReportError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+// The Python module fractal_kernels._C. Importing it loads the library, whose static initialisers register the
+// operators; build_info() says how it was built. No Python and no pybind11 anywhere else in csrc.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/version.h>
+
+#include <algorithm>
+#include <string>
+
+#define FRACTAL_STRINGIFY(...) #__VA_ARGS__
+#define FRACTAL_STRING(...) FRACTAL_STRINGIFY(__VA_ARGS__)
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+std::string dotted(unsigned long long version) {
+  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
+}
+
+// What is compiled in, not what this machine can run: the choice is made at run time.
+py::list simd() {
+  py::list targets;
+  const std::string names = FRACTAL_STRING(FRACTAL_SIMD);  // a comma-separated list from setup.py
+  for (size_t begin = 0; begin < names.size();) {
+    const size_t end = std::min(names.find(',', begin), names.size());
+    targets.append(names.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return targets;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = kCompiler;
+  info["torch_target"] = dotted(TORCH_FEATURE_VERSION);  // the oldest PyTorch that can load this build
+  info["torch_built_against"] = TORCH_VERSION;
+  info["simd"] = simd();
+  info["cuda"] = py::none();
+  info["openmp"] = false;  // threads come from PyTorch's own pool
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of fractal_kernels; loading the module registers torch.ops.fractal_kernels.*";
+  m.def("build_info", &build_info, "How this extension was built.");
+}

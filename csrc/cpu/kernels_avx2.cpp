@@ -1,0 +1,31 @@
+// The CPU kernels for avx2. The target is set after the headers, so that no shared inline function is compiled for it.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <limits>
+
+#include <immintrin.h>
+
+#include "job.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define FRACTAL_VEC_BYTES 32
+#define FRACTAL_INLINE __attribute__((always_inline))
+
+namespace fractal::cpu::avx2 {
+namespace {
+#include "vec.h"
+}  // namespace
+#include "kernels.inc"
+}  // namespace fractal::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

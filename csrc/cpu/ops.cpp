@@ -1,0 +1,360 @@
+// The CPU launchers: checks what the kernels rely on, lays out the job, cuts it into units, and finalises reductions.
+// Outputs are allocated by the caller (fractal_kernels/library.py), which also guarantees the layout.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "job.h"
+#include "isa.h"
+
+namespace fractal::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+namespace {
+
+constexpr int64_t kUnitBytes = 16384;   // of one branch: a unit stays in L1 for the second pass of the statistics
+constexpr int64_t kGrain = 16384;       // elements of one branch that are worth a thread
+constexpr int64_t kBlockElements = 16384;
+constexpr int64_t kMaxBlocks = 256;     // partials of a reduction
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "fractal_kernels cpu: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// H and W are one axis of pixels without pooling.
+View view_of(const Tensor& t, bool pool) {
+  View v{t.data_ptr(), t.stride(0), t.stride(1), 0, 1};
+  for (int64_t d = t.dim() - 1; d >= 2; --d)
+    if (t.size(d) > 1) {
+      v.w = t.stride(d);
+      break;
+    }
+  if (pool) v.h = t.stride(2), v.w = t.stride(3);
+  return v;
+}
+
+int64_t pixels_of(const Tensor& t) {
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) pixels *= t.size(d);
+  return pixels;
+}
+
+struct Geometry {
+  int64_t N, C, H, W;
+};
+
+Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, int64_t k,
+             const std::optional<Tensor>& mask, int64_t flags, bool channels_last) {
+  STD_TORCH_CHECK(k >= 1 && k <= kMaxBranches, "fractal_kernels cpu: expected 1 to 8 branches, got ", k);
+  Job job{};
+  job.kernel = kernel;
+  job.dtype = dtype_of(like);
+  job.channels_last = channels_last;
+  job.pool = flags & (kPoolBefore | kPoolAfter);
+  job.flags = flags;
+  job.k = static_cast<int>(k);
+  job.N = g.N, job.C = g.C, job.H = g.H, job.W = g.W;
+  job.Ho = job.pool ? g.H / 2 : g.H;
+  job.Wo = job.pool ? g.W / 2 : g.W;
+  job.reads_y = !ys.empty();
+  for (size_t b = 0; b < ys.size(); ++b) {
+    STD_TORCH_CHECK(ys[b].scalar_type() == like.scalar_type(), "fractal_kernels cpu: branches of different dtypes");
+    job.y[b] = view_of(ys[b], job.pool);
+  }
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->size(0) == k,
+                    "fractal_kernels cpu: expected a contiguous bool mask with one row per branch");
+    job.mask = static_cast<const bool*>(mask->data_ptr());
+    job.mask_k = mask->dim() == 2 ? mask->size(1) : 1;
+    job.mask_n = mask->dim() == 2 ? 1 : 0;
+  }
+  const int64_t bytes = std::max<int64_t>(1, job.C * static_cast<int64_t>(like.element_size()));
+  job.unit_rows = std::max<int64_t>(1, kUnitBytes / bytes);
+  if (!channels_last)
+    job.units_per_sample = job.C;
+  else if (job.pool)
+    job.units_per_sample = job.Ho;
+  else
+    job.units_per_sample = (job.Wo + job.unit_rows - 1) / job.unit_rows;
+  job.units = job.Wo * job.Ho == 0 ? 0 : job.N * job.units_per_sample;
+  return job;
+}
+
+Geometry geometry_of(const Tensor& y, bool pool) {
+  if (pool) return {y.size(0), y.size(1), y.size(2), y.size(3)};
+  return {y.size(0), y.size(1), 1, pixels_of(y)};
+}
+
+// Cuts the units into `count` runs; the cut depends on shapes only, so that sums do not depend on the thread count.
+struct Blocks {
+  int64_t count, units;
+  Blocks(const Job& job) : units(job.units) {
+    const int64_t elements = job.N * job.C * job.H * job.W * job.k;
+    count = std::min({units, kMaxBlocks, std::max<int64_t>(1, elements / kBlockElements)});
+  }
+  int64_t begin(int64_t block) const { return units * block / count; }
+};
+
+template <class F>
+void parallel(const Job& job, int64_t items, const F& f) {
+  if (items == 0) return;
+  const int64_t per_item = std::max<int64_t>(1, job.N * job.C * job.H * job.W * job.k / items);
+  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kGrain / per_item), f);
+}
+
+void run_units(const Job& job) {
+  const RunFn run = select_run();
+  parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, nullptr); });
+}
+
+// Per-channel parameters in the accumulator type, [k][C] each.
+template <class A>
+struct Params {
+  std::vector<A> mean, scale, shift, invstd, offset, slope;
+
+  Params(Job& job, const Tensors& means, const Tensors& vars, const Tensors& weights, const Tensors& biases,
+         double eps) {
+    if (means.empty()) return;
+    const int64_t C = job.C, total = job.k * C;
+    mean.resize(total), scale.resize(total), shift.resize(total), invstd.resize(total);
+    for (int b = 0; b < job.k; ++b) {
+      const A* var = row(vars, b);
+      const A* weight = row(weights, b);
+      const A* bias = row(biases, b);
+      std::memcpy(mean.data() + b * C, row(means, b), C * sizeof(A));
+      for (int64_t c = 0; c < C; ++c) {
+        const A r = A(1) / std::sqrt(var[c] + static_cast<A>(eps));
+        invstd[b * C + c] = r;
+        scale[b * C + c] = weight ? r * weight[c] : r;
+        shift[b * C + c] = bias ? bias[c] : A(0);
+      }
+    }
+    job.mean = mean.data(), job.scale = scale.data(), job.shift = shift.data();
+  }
+
+  static const A* row(const Tensors& list, int b) {
+    return list.empty() ? nullptr : static_cast<const A*>(list[b].data_ptr());
+  }
+
+  // dy = scale*(dz - sum_dz/count - xhat*sum_dzx/count), xhat = (y - mean)*invstd
+  void correct(Job& job, const Tensors& sums) {
+    if (sums.empty()) return;
+    offset.resize(mean.size()), slope.resize(mean.size());
+    const auto* dz = static_cast<const A*>(sums[0].data_ptr());
+    const auto* dzx = static_cast<const A*>(sums[1].data_ptr());
+    const auto* count = static_cast<const A*>(sums[2].data_ptr());
+    for (int b = 0; b < job.k; ++b)
+      for (int64_t i = b * job.C; i < (b + 1) * job.C; ++i) {
+        const A factor = -scale[i] / std::max(count[b], A(1));
+        offset[i] = factor * dz[i];
+        slope[i] = factor * dzx[i] * invstd[i];
+      }
+    job.offset = offset.data(), job.slope = slope.data();
+  }
+};
+
+template <class F>
+void with_accumulator(DType dtype, const F& f) {
+  if (dtype == DType::kDouble)
+    f(double{});
+  else
+    f(float{});
+}
+
+// Merges the partials of one channel in the order of the blocks, in double: Chan, Golub, LeVeque 1983.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+  void merge(double n, double other_mean, double other_m2) {
+    if (n == 0) return;
+    const double total = count + n, delta = other_mean - mean;
+    mean += delta * (n / total);
+    m2 += other_m2 + delta * delta * (count * n / total);
+    count = total;
+  }
+};
+
+template <class A>
+void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& count) {
+  const RunFn run = select_run();
+  const Blocks blocks(job);
+  const int64_t C = job.C, stride = 1 + 2 * C;
+  std::vector<A> partial(job.channels_last ? blocks.count * stride : 2 * job.units);
+  for (int b = 0; b < job.k; ++b) {
+    if (job.channels_last)
+      parallel(job, blocks.count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          partial[i * stride] = 0;
+          run(job, b, blocks.begin(i), blocks.begin(i + 1), partial.data() + i * stride);
+        }
+      });
+    else
+      parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, b, begin, end, partial.data()); });
+    auto* mean_out = static_cast<A*>(mean.data_ptr()) + b * C;
+    auto* var_out = static_cast<A*>(var.data_ptr()) + b * C;
+    double total = 0;
+    for (int64_t c = 0; c < C; ++c) {
+      Moments m;
+      if (job.channels_last)
+        for (int64_t i = 0; i < blocks.count; ++i) {
+          const A* p = partial.data() + i * stride;
+          if (p[0] > 0) m.merge(p[0], p[1 + c], p[1 + C + c]);
+        }
+      else
+        for (int64_t n = 0; n < job.N; ++n)
+          if (job.live(b, n)) m.merge(job.Wo, partial[n * C + c], partial[job.units + n * C + c]);
+      mean_out[c] = static_cast<A>(m.mean);
+      var_out[c] = m.count > 0 ? static_cast<A>(m.m2 / m.count) : A(0);
+    }
+    for (int64_t n = 0; n < job.N; ++n) total += job.live(b, n) ? job.Wo : 0;
+    static_cast<A*>(count.data_ptr())[b] = static_cast<A>(total);
+  }
+}
+
+void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, bool channels_last) {
+  const Job job = make_job(Kernel::kStats, ys[0], geometry_of(ys[0], false), ys, ys.size(), mask, 0, channels_last);
+  with_accumulator(job.dtype, [&](auto a) { channel_stats_typed<decltype(a)>(job, mean, var, count); });
+}
+
+void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars, Tensors weights,
+                  Tensors biases, double eps, int64_t flags, bool channels_last) {
+  const bool pool = flags & (kPoolBefore | kPoolAfter);
+  Job job = make_job(Kernel::kForward, out, geometry_of(ys[0], pool), ys, ys.size(), mask, flags, channels_last);
+  job.out = view_of(out, job.pool);
+  with_accumulator(job.dtype, [&](auto a) {
+    const Params<decltype(a)> params(job, means, vars, weights, biases, eps);
+    run_units(job);
+  });
+}
+
+template <class A>
+void reduce_typed(const Job& job, const Params<A>& params, Tensor& sum_dz, Tensor& sum_dzx) {
+  const RunFn run = select_run();
+  const Blocks blocks(job);
+  const int64_t C = job.C, k = job.k, stride = k * 2 * C;
+  std::vector<A> partial(job.channels_last ? blocks.count * stride : job.units * k * 2);
+  if (job.channels_last)
+    parallel(job, blocks.count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        run(job, 0, blocks.begin(i), blocks.begin(i + 1), partial.data() + i * stride);
+    });
+  else
+    parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, partial.data()); });
+  auto* dz = static_cast<A*>(sum_dz.data_ptr());
+  auto* dzx = static_cast<A*>(sum_dzx.data_ptr());
+  for (int64_t b = 0; b < k; ++b)
+    for (int64_t c = 0; c < C; ++c) {
+      double s = 0, sx = 0;
+      if (job.channels_last)
+        for (int64_t i = 0; i < blocks.count; ++i) {
+          const A* p = partial.data() + i * stride + b * 2 * C + c;
+          s += p[0], sx += p[C];
+        }
+      else
+        for (int64_t n = 0; job.units > 0 && n < job.N; ++n) {
+          const A* p = partial.data() + ((n * C + c) * k + b) * 2;
+          s += p[0], sx += p[1];
+        }
+      dz[b * C + c] = static_cast<A>(s);
+      dzx[b * C + c] = static_cast<A>(sx * params.invstd[b * C + c]);
+    }
+}
+
+void join_backward_reduce(Tensor sum_dz, Tensor sum_dzx, Tensor grad, Tensors ys, std::optional<Tensor> mask,
+                          Tensors means, Tensors vars, Tensors weights, Tensors biases, double eps, int64_t flags,
+                          bool channels_last) {
+  const bool pool = flags & (kPoolBefore | kPoolAfter);
+  Job job = make_job(Kernel::kReduce, grad, geometry_of(ys[0], pool), ys, ys.size(), mask, flags, channels_last);
+  job.out = view_of(grad, job.pool);
+  with_accumulator(job.dtype, [&](auto a) {
+    const Params<decltype(a)> params(job, means, vars, weights, biases, eps);
+    reduce_typed(job, params, sum_dz, sum_dzx);
+  });
+}
+
+void join_backward_apply(Tensors dys, Tensor grad, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars,
+                         Tensors weights, Tensors biases, Tensors sums, double eps, int64_t flags, bool channels_last) {
+  const bool pool = flags & (kPoolBefore | kPoolAfter);
+  Job job = make_job(Kernel::kApply, grad, geometry_of(dys[0], pool), ys, dys.size(), mask, flags, channels_last);
+  job.out = view_of(grad, job.pool);
+  for (size_t b = 0; b < dys.size(); ++b) job.dy[b] = view_of(dys[b], job.pool);
+  with_accumulator(job.dtype, [&](auto a) {
+    Params<decltype(a)> params(job, means, vars, weights, biases, eps);
+    params.correct(job, sums);
+    run_units(job);
+  });
+}
+
+}  // namespace
+
+const Isa& selected_isa() {
+  static const Isa isa = [] {
+    const char* name = std::getenv("FRACTAL_CPU_ISA");  // for tests: a narrower set than the machine has
+    for (const Isa& candidate : supported_isas())
+      if (name == nullptr || std::string(name) == candidate.name) return candidate;
+    return supported_isas().back();
+  }();
+  return isa;
+}
+
+RunFn select_run() { return selected_isa().run; }
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> list;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    list.push_back({"avx512", avx512::run});
+  if (avx2) list.push_back({"avx2", avx2::run});
+#endif
+  list.push_back({"baseline", baseline::run});
+  return list;
+}
+
+}  // namespace fractal::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fractal_kernels_cpu, m) {
+  m.def(
+      "channel_stats(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) count, Tensor[] ys, Tensor? mask, bool channels_last)"
+      " -> ()");
+  m.def(
+      "join_forward(Tensor(a!) out, Tensor[] ys, Tensor? mask, Tensor[] means, Tensor[] vars, Tensor[] weights,"
+      " Tensor[] biases, float eps, int flags, bool channels_last) -> ()");
+  m.def(
+      "join_backward_reduce(Tensor(a!) sum_dz, Tensor(b!) sum_dzx, Tensor grad, Tensor[] ys, Tensor? mask,"
+      " Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float eps, int flags, bool channels_last)"
+      " -> ()");
+  m.def(
+      "join_backward_apply(Tensor(a!)[] dys, Tensor grad, Tensor[] ys, Tensor? mask, Tensor[] means, Tensor[] vars,"
+      " Tensor[] weights, Tensor[] biases, Tensor[] sums, float eps, int flags, bool channels_last) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fractal_kernels_cpu, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&fractal::cpu::channel_stats));
+  m.impl("join_forward", TORCH_BOX(&fractal::cpu::join_forward));
+  m.impl("join_backward_reduce", TORCH_BOX(&fractal::cpu::join_backward_reduce));
+  m.impl("join_backward_apply", TORCH_BOX(&fractal::cpu::join_backward_apply));
+}

@@ -1,0 +1,123 @@
+// The maths of the four kernels for one site, shared by every compiled backend.
+//
+// A site is one output element: NP = 1 input element per branch, or the NP = 4 elements of a 2x2 pooling window.
+// V is a scalar or a SIMD vector of independent sites; every function is branch-free in V.
+//   z_b = (y_b - mean_b) * scale_b + shift_b          (centred first: exact where |mean| >> std)
+//   out = pool(act_out(weight * sum_b pool(act_branch(z_b))))
+// An activation is a floor: 0 for ReLU, -inf for none, so both are the same instructions, and NaN passes through.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FRACTAL_HD __host__ __device__ __forceinline__
+#else
+#define FRACTAL_HD inline __attribute__((always_inline))
+#endif
+
+namespace fractal {
+
+constexpr int kMaxBranches = 8;
+
+// The same bits as fractal_kernels.library.Flags.
+enum Flag : int64_t {
+  kSum = 1,           // reduction: sum instead of mean
+  kReluBranch = 2,    // ReLU on each branch
+  kReluOutput = 4,    // ReLU on the joined value
+  kPoolBefore = 8,    // 2x2 max-pool of each branch, then join
+  kPoolAfter = 16,    // 2x2 max-pool of the joined value
+  kStatsLive = 32,    // statistics of a branch run over its live samples only
+};
+
+template <class V>
+FRACTAL_HD V relu(V z, V floor) {
+  return z < floor ? floor : z;
+}
+
+// Gradient through relu: 0 where z <= floor, as PyTorch has it.
+template <class V>
+FRACTAL_HD V gate(V z, V floor, V g) {
+  return z <= floor ? V{} : g;
+}
+
+template <int NP, class V>
+FRACTAL_HD V window_max(const V (&a)[NP]) {
+  V m = a[0];
+  for (int p = 1; p < NP; ++p) m = a[p] != a[p] ? a[p] : (a[p] > m ? a[p] : m);  // a NaN wins, as in PyTorch
+  return m;
+}
+
+// Splits g over the window: all of it goes to the first element that equals the maximum m. `out` may be `a`.
+template <int NP, class V>
+FRACTAL_HD void window_route(const V (&a)[NP], V m, V g, V (&out)[NP]) {
+  for (int p = 0; p < NP; ++p) {
+    const V value = a[p];
+    out[p] = value < m ? V{} : g;
+    g = value < m ? g : V{};
+  }
+}
+
+template <class V>
+struct Join {
+  V weight, floor_branch, floor_output;
+  bool pool_before;
+
+  template <int NP>
+  FRACTAL_HD void joined(const V (*z)[NP], int k, V (&j)[NP]) const {
+    for (int p = 0; p < NP; ++p) {
+      j[p] = V{};
+      for (int b = 0; b < k; ++b) j[p] += relu(z[b][p], floor_branch);
+      j[p] *= weight;
+    }
+  }
+
+  FRACTAL_HD V joined_pooled(const V (*z)[4], int k) const {
+    V j = V{};
+    for (int b = 0; b < k; ++b) j += relu(window_max(z[b]), floor_branch);
+    return j * weight;
+  }
+
+  FRACTAL_HD V forward(const V (*z)[1], int k) const {
+    V j[1];
+    joined(z, k, j);
+    return relu(j[0], floor_output);
+  }
+
+  FRACTAL_HD V forward(const V (*z)[4], int k) const {
+    if (pool_before) return relu(joined_pooled(z, k), floor_output);
+    V j[4];
+    joined(z, k, j);
+    return relu(window_max(j), floor_output);
+  }
+
+  // dz[b][p], the gradient at z[b][p], from the gradient g of the output. z and dz may be the same array.
+  FRACTAL_HD void backward(const V (*z)[1], int k, V g, bool gate_output, V (*dz)[1]) const {
+    g *= weight;
+    if (gate_output) {
+      V j[1];
+      joined(z, k, j);
+      g = gate(j[0], floor_output, g);
+    }
+    for (int b = 0; b < k; ++b) dz[b][0] = gate(z[b][0], floor_branch, g);
+  }
+
+  FRACTAL_HD void backward(const V (*z)[4], int k, V g, bool gate_output, V (*dz)[4]) const {
+    g *= weight;
+    if (pool_before) {
+      if (gate_output) g = gate(joined_pooled(z, k), floor_output, g);
+      for (int b = 0; b < k; ++b) {
+        const V m = window_max(z[b]);
+        window_route(z[b], m, gate(m, floor_branch, g), dz[b]);
+      }
+      return;
+    }
+    V j[4], routed[4];
+    joined(z, k, j);
+    const V m = window_max(j);
+    if (gate_output) g = gate(m, floor_output, g);
+    window_route(j, m, g, routed);
+    for (int b = 0; b < k; ++b)
+      for (int p = 0; p < 4; ++p) dz[b][p] = gate(z[b][p], floor_branch, routed[p]);
+  }
+};
+
+}  // namespace fractal

@@ -1,0 +1,27 @@
+"""Fused kernels for multi-branch convolutional networks: masked joins, drop-path, conv-BN-ReLU."""
+
+from .backends import BackendUnavailable, available_backends, use_backend
+from .fuse import fuse
+from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin
+from .ops.bn_relu import bn_relu
+from .ops.conv import conv_bn_relu
+from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNReLUJoin",
+    "BackendUnavailable",
+    "BatchNormReLU2d",
+    "ConvBNReLU",
+    "DropPathJoin",
+    "MeanJoin",
+    "available_backends",
+    "bn_relu",
+    "bn_relu_join",
+    "conv_bn_relu",
+    "drop_path_mask",
+    "fuse",
+    "masked_mean_join",
+    "use_backend",
+]

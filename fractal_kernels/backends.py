@@ -1,0 +1,127 @@
+"""Which backend runs an op, and why one is not there.
+
+Precedence: the ``backend=`` argument, ``with use_backend(name)``, the environment variable ``FRACTAL_BACKEND``, then
+automatic. Automatic takes the fastest that is available for the device; a backend that was named never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["BackendUnavailable", "available_backends", "use_backend"]
+
+NAMES = ("cpu", "reference")  # fastest first
+_override: list[str] = []
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why and what to do."""
+
+
+@cache
+def extension() -> tuple[ModuleType | None, str]:
+    """The compiled module and, where it cannot be loaded, the reason and the remedy."""
+    try:
+        return importlib.import_module("fractal_kernels._C"), ""
+    except ModuleNotFoundError as error:
+        if error.name != "fractal_kernels._C":
+            raise
+        return None, (
+            "the C++ extension was not built; with a C++ compiler, pybind11 and ninja there, run "
+            "`FRACTAL_BUILD=cpu pip install --no-build-isolation .`, which says what is missing"
+        )
+    except (ImportError, OSError) as error:
+        return None, (
+            f"the C++ extension does not load ({error}); rebuild it against the installed PyTorch "
+            f"{torch.__version__}: `FRACTAL_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps .`"
+        )
+
+
+@cache
+def launcher(name: str) -> Any:
+    """The four launchers of a backend: ``channel_stats``, ``join_forward`` and the two of the backward."""
+    if name == "reference":
+        return importlib.import_module("fractal_kernels.reference")
+    assert name == "cpu" and extension()[0] is not None  # resolve() has seen to it
+    return _CpuLaunchers()
+
+
+class _CpuLaunchers:
+    def __init__(self) -> None:
+        ops = torch.ops.fractal_kernels_cpu
+        self.channel_stats = ops.channel_stats.default
+        self.join_forward = ops.join_forward.default
+        self.join_backward_reduce = ops.join_backward_reduce.default
+        self.join_backward_apply = ops.join_backward_apply.default
+
+
+def why_not(name: str, device_type: str | None = None) -> str:
+    """Why a backend cannot be used (for this type of device), or an empty string."""
+    if name == "reference":
+        return ""
+    if extension()[0] is None:
+        return extension()[1]
+    if device_type not in (None, "cpu"):
+        return f"it runs on the cpu and the inputs are on {device_type}; move them, or use the backend 'reference'"
+    return ""
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that work in this environment, fastest first.
+
+    Example:
+        >>> "reference" in available_backends()
+        True
+    """
+    return tuple(name for name in NAMES if not why_not(name))
+
+
+def _known(op: str, argument: str, name: object) -> str:
+    if name not in NAMES:
+        raise BackendUnavailable(f"{op}: expected {argument} one of {', '.join(NAMES)}, got {name!r}")
+    return str(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op inside the ``with`` block on this backend.
+
+    Args:
+        name: one of the backends of :func:`available_backends`.
+    Raises:
+        BackendUnavailable: the backend is not known or cannot run here; it never falls back.
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+    _known("use_backend", "name", name)
+    if reason := why_not(name):
+        raise BackendUnavailable(f"use_backend: expected name to be an available backend, got {name!r}: {reason}")
+    _override.append(name)
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def resolve(op: str, backend: str | None, device_type: str) -> str:
+    """The backend that runs ``op`` for inputs on this type of device."""
+    if backend is not None:
+        argument, name = "backend", backend
+    elif _override:
+        argument, name = "use_backend()", _override[-1]
+    elif os.environ.get("FRACTAL_BACKEND"):
+        argument, name = "FRACTAL_BACKEND", os.environ["FRACTAL_BACKEND"]
+    else:
+        return next(name for name in NAMES if not why_not(name, device_type))
+    if reason := why_not(_known(op, argument, name), device_type):
+        raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
+    return name

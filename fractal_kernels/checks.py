@@ -1,0 +1,101 @@
+"""Errors of the public functions: op, argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .library import MAX_BRANCHES
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: expected {name} of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    return value
+
+
+def branches(op: str, inputs: object) -> list[Tensor]:
+    """k tensors [N, C, *] of one shape and device. Mixed dtypes are promoted under autocast only."""
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        raise TypeError(f"{op}: expected inputs to be a list or tuple of Tensors, got {type(inputs).__name__}")
+    if not 1 <= len(inputs) <= MAX_BRANCHES:
+        raise ValueError(f"{op}: expected 1 to {MAX_BRANCHES} inputs, got {len(inputs)}")
+    ys = [tensor(op, f"inputs[{i}]", y) for i, y in enumerate(inputs)]
+    if ys[0].dim() < 2:
+        raise ValueError(f"{op}: expected inputs[0] of shape [N, C, *], got {list(ys[0].shape)}")
+    for i, y in enumerate(ys):
+        if y.shape != ys[0].shape:
+            raise ValueError(f"{op}: expected inputs[{i}] of shape {list(ys[0].shape)}, got {list(y.shape)}")
+        if y.device != ys[0].device:
+            raise ValueError(f"{op}: expected inputs[{i}] on {ys[0].device}, got {y.device}")
+    if any(y.dtype != ys[0].dtype for y in ys):
+        if not torch.is_autocast_enabled(ys[0].device.type):
+            got = [str(y.dtype).removeprefix("torch.") for y in ys]
+            raise TypeError(f"{op}: expected inputs of one dtype, got {', '.join(got)}")
+        dtype = ys[0].dtype
+        for y in ys[1:]:
+            dtype = torch.promote_types(dtype, y.dtype)
+        ys = [y.to(dtype) for y in ys]
+    return ys
+
+
+def mask(op: str, value: object, ys: list[Tensor]) -> Tensor | None:
+    """A mask [k] or [k, N] as contiguous bool."""
+    if value is None:
+        return None
+    allowed = (torch.bool, torch.uint8, torch.int32, torch.int64, *DTYPES)
+    m = tensor(op, "mask", value, allowed)
+    k, n = len(ys), ys[0].shape[0]
+    if not (m.dim() == 1 and m.shape[0] == k) and not (m.dim() == 2 and m.shape[0] == k and m.shape[1] == n):
+        raise ValueError(f"{op}: expected mask of shape [k]=[{k}] or [k, N]=[{k}, {n}], got {list(m.shape)}")
+    if m.device != ys[0].device:
+        raise ValueError(f"{op}: expected mask on {ys[0].device}, got {m.device}")
+    return (m if m.dtype == torch.bool else m != 0).contiguous()
+
+
+def per_channel(op: str, name: str, values: object, ys: list[Tensor]) -> list[Tensor | None]:
+    """k tensors [C] or Nones; None stands for k Nones."""
+    if values is None:
+        return [None] * len(ys)
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{op}: expected {name} to be a list of Tensors or None, got {type(values).__name__}")
+    if len(values) != len(ys):
+        raise ValueError(f"{op}: expected {name} to have one entry per input ({len(ys)}), got {len(values)}")
+    out: list[Tensor | None] = []
+    for i, value in enumerate(values):
+        out.append(None if value is None else channel_vector(op, f"{name}[{i}]", value, ys[0]))
+    return out
+
+
+def channel_vector(op: str, name: str, value: object, y: Tensor) -> Tensor:
+    t = tensor(op, name, value)
+    if t.dim() != 1 or t.shape[0] != y.shape[1]:
+        raise ValueError(f"{op}: expected {name} of shape [C]=[{y.shape[1]}], got {list(t.shape)}")
+    if t.device != y.device:
+        raise ValueError(f"{op}: expected {name} on {y.device}, got {t.device}")
+    return t
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: expected {name} one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def poolable(op: str, y: Tensor) -> None:
+    if y.dim() != 4 or y.shape[2] < 2 or y.shape[3] < 2:
+        raise ValueError(f"{op}: expected inputs of shape [N, C, H, W] with H, W >= 2 for pooling, got {list(y.shape)}")
+
+
+def eps(op: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: expected eps to be a number, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"{op}: expected eps >= 0, got {value}")
+    return float(value)

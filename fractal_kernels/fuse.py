@@ -1,0 +1,124 @@
+"""``fuse``: swaps eager conv-BN-ReLU patterns of an existing model for the fused modules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.fx
+from torch import nn
+
+from .modules import BatchNormReLU2d
+
+__all__ = ["FuseReport", "fuse"]
+
+
+class FuseReport(NamedTuple):
+    """What :func:`fuse` did: ``fused`` names of batch norms, ``skipped`` (name, reason)."""
+
+    fused: list[str]
+    skipped: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"fused {len(self.fused)} batch norms with their ReLU"]
+        lines += [f"left {name}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Follows containers down to the modules that are looked for."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.BatchNorm2d, nn.ReLU)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
+
+    The ReLU becomes an ``Identity``; parameters, buffers, hooks and ``state_dict`` keys stay as they are. A ReLU that
+    is also applied to something else stays, and its batch norm with it. A model that cannot be traced symbolically is
+    searched for ``Sequential`` containers instead.
+
+    Args:
+        model: any module.
+    Returns:
+        A report; printing it lists what was left and why.
+    Raises:
+        TypeError: model is not a module.
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fuse(model).fused
+        ['1']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    try:
+        pairs = _traced_pairs(model, modules)
+    except Exception as error:  # a forward that cannot be traced raises anything
+        pairs = _sequential_pairs(modules)
+        reason = f"not traceable ({type(error).__name__}): only its Sequential containers were searched"
+        skipped = [("model", reason)]
+    else:
+        skipped = []
+    fused = []
+    relus = set()
+    for bn, relu, problem in pairs:
+        module = modules[bn]
+        if not problem and type(module) is not nn.BatchNorm2d:
+            problem = f"it is a {type(module).__name__}, not a torch.nn.BatchNorm2d"
+        if problem:
+            skipped.append((bn, problem))
+            continue
+        module.__class__ = BatchNormReLU2d  # the same attributes, another forward
+        relus.add(relu)
+        fused.append(bn)
+    for name in relus:
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, nn.Identity())
+    return FuseReport(fused, skipped)
+
+
+def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """(batch norm, ReLU, why not) for every batch norm of the traced model."""
+    graph = _Tracer().trace(model)
+    calls: dict[str, list[torch.fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+
+    def module_of(node: torch.fx.Node) -> nn.Module | None:
+        return modules.get(str(node.target)) if node.op == "call_module" else None
+
+    pairs = []
+    for name, nodes in calls.items():
+        if not isinstance(modules[name], nn.BatchNorm2d) or isinstance(modules[name], BatchNormReLU2d):
+            continue
+        users = list(nodes[0].users)
+        if len(nodes) > 1:
+            pairs.append((name, "", "it is called more than once"))
+        elif len(users) != 1 or not isinstance(module_of(users[0]), nn.ReLU):
+            pairs.append((name, "", "its only use is not a torch.nn.ReLU module"))
+        else:
+            relu = str(users[0].target)
+            shared = any(
+                not isinstance(module_of(arg), nn.BatchNorm2d) or len(arg.users) != 1
+                for node in calls[relu]
+                for arg in node.all_input_nodes
+            )
+            pairs.append((name, relu, "its ReLU module is used elsewhere too" if shared else ""))
+    return pairs
+
+
+def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str]]:
+    pairs = []
+    for name, module in modules.items():
+        if not isinstance(module, nn.Sequential):
+            continue
+        children = list(module.named_children())
+        prefix = f"{name}." if name else ""
+        for (a, first), (b, second) in zip(children, children[1:], strict=False):
+            if isinstance(first, nn.BatchNorm2d) and isinstance(second, nn.ReLU):
+                uses = sum(second is child for parent in modules.values() for child in parent.children())
+                problem = "its ReLU module is used elsewhere too" if uses > 1 else ""
+                pairs.append((prefix + a, prefix + b, problem))
+    return pairs

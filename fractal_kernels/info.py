@@ -1,0 +1,39 @@
+"""``python -m fractal_kernels.info``: what is there, what is missing, why, and how to get it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__, backends
+
+
+def report() -> str:
+    """The environment and every backend's state, a line each.
+
+    Example:
+        >>> "reference" in report()
+        True
+    """
+    module, problem = backends.extension()
+    lines = [
+        f"fractal_kernels {__version__}",
+        f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads",
+    ]
+    if module is not None:
+        build = module.build_info()
+        lines.append("extension: " + ", ".join(f"{key} {value}" for key, value in build.items()))
+    else:
+        lines.append(f"extension: missing: {problem}")
+    for name in backends.NAMES:
+        reason = backends.why_not(name)
+        lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
+    if torch.cuda.is_available():
+        lines.append("CUDA device: this version has no CUDA backend; ops on CUDA tensors use the reference backend")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,256 @@
+"""The four kernels as PyTorch operators: schemas, fakes, output allocation and dispatch to a backend's launcher.
+
+An operator allocates its outputs, brings its inputs into one layout and calls the launcher of the backend it is given.
+A launcher writes into those outputs; it knows nothing of autograd, modules or dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+__all__ = ["Flags", "accumulate_dtype", "empty", "is_channels_last", "to_layout"]
+
+MAX_BRANCHES = 8
+
+
+class Flags(IntFlag):
+    """The compile-time flags of the join kernels (the same bits as in csrc/join.h)."""
+
+    SUM = 1
+    RELU_BRANCH = 2
+    RELU_OUTPUT = 4
+    POOL_BEFORE = 8
+    POOL_AFTER = 16
+    STATS_LIVE = 32
+
+    @property
+    def pool(self) -> bool:
+        return bool(self & (Flags.POOL_BEFORE | Flags.POOL_AFTER))
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, statistics and parameters: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _collapses(t: Tensor) -> bool:
+    """Whether the spatial axes are one axis of evenly spaced pixels."""
+    dims = [d for d in range(2, t.dim()) if t.shape[d] != 1]
+    return all(t.stride(a) == t.stride(b) * t.shape[b] for a, b in zip(dims, dims[1:], strict=False))
+
+
+def _pixel_stride(t: Tensor) -> int | torch.SymInt:
+    for d in range(t.dim() - 1, 1, -1):
+        if t.shape[d] != 1:
+            return t.stride(d)
+    return 1
+
+
+def _fits(t: Tensor, channels_last: bool) -> bool:
+    if t.numel() == 0:
+        return True
+    if not _collapses(t):
+        return False
+    if channels_last:  # the pixel stride excludes expanded tensors, whose pixels overlap
+        return t.shape[1] == 1 or (t.stride(1) == 1 and (_pixels(t) == 1 or _pixel_stride(t) >= t.shape[1]))
+    return _pixels(t) == 1 or _pixel_stride(t) == 1
+
+
+def _pixels(t: Tensor) -> int:
+    pixels = 1
+    for d in range(2, t.dim()):
+        pixels *= t.shape[d]
+    return pixels
+
+
+def is_channels_last(tensors: Sequence[Tensor]) -> bool:
+    """The layout in which these tensors are processed: the one that most of them are in; channels last if both fit."""
+    last = sum(_fits(t, True) for t in tensors)
+    contiguous = sum(_fits(t, False) for t in tensors)
+    return last >= contiguous
+
+
+def to_layout(t: Tensor, channels_last: bool) -> Tensor:
+    """``t`` itself if a kernel can read it in this layout (channel slices included), else a dense copy."""
+    if _fits(t, channels_last):
+        return t
+    return empty(t.shape, t, channels_last).copy_(t)
+
+
+def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    """An uninitialised dense tensor [N, C, *] of the dtype and device of ``like``."""
+    if not channels_last:
+        return like.new_empty(shape)
+    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+
+
+def pooled(shape: Sequence[int]) -> tuple[int, ...]:
+    return (shape[0], shape[1], shape[2] // 2, shape[3] // 2)
+
+
+_LIB = torch.library.Library("fractal_kernels", "DEF")
+_NORM = "Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases"
+_LIB.define("channel_stats(Tensor[] ys, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor)")
+_LIB.define(
+    f"join_forward(Tensor[] ys, Tensor? mask, {_NORM}, float eps, int flags, str backend) -> Tensor",
+)
+_LIB.define(
+    f"join_backward_reduce(Tensor grad, Tensor[] ys, Tensor? mask, {_NORM}, float eps, int flags, str backend)"
+    " -> (Tensor, Tensor)",
+)
+_LIB.define(
+    f"join_backward_apply(Tensor grad, Tensor[] ys, Tensor? mask, {_NORM}, Tensor[] sums, int branches, float eps,"
+    " int flags, str backend) -> Tensor[]",
+)
+
+
+def _alloc_stats(ys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
+    return (
+        ys[0].new_empty((k, channels), dtype=dtype),
+        ys[0].new_empty((k, channels), dtype=dtype),
+        ys[0].new_empty((k,), dtype=dtype),
+    )
+
+
+def _alloc_join(ys: list[Tensor], flags: int) -> tuple[Tensor, bool]:
+    channels_last = is_channels_last(ys)
+    shape = pooled(ys[0].shape) if Flags(flags).pool else ys[0].shape
+    return empty(shape, ys[0], channels_last), channels_last
+
+
+def _alloc_apply(grad: Tensor, ys: list[Tensor], branches: int) -> tuple[list[Tensor], bool]:
+    channels_last = is_channels_last(ys or [grad])
+    like = ys[0] if ys else grad
+    return [empty(like.shape, grad, channels_last) for _ in range(branches)], channels_last
+
+
+@torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
+def _channel_stats(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    out = _alloc_stats(ys)
+    channels_last = is_channels_last(ys)
+    backends.launcher(backend).channel_stats(*out, [to_layout(y, channels_last) for y in ys], mask, channels_last)
+    return out
+
+
+@torch.library.impl(_LIB, "join_forward", "CompositeExplicitAutograd")
+def _join_forward(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    eps: float,
+    flags: int,
+    backend: str,
+) -> Tensor:
+    out, channels_last = _alloc_join(ys, flags)
+    ys = [to_layout(y, channels_last) for y in ys]
+    backends.launcher(backend).join_forward(out, ys, mask, means, vars, weights, biases, eps, flags, channels_last)
+    return out
+
+
+@torch.library.impl(_LIB, "join_backward_reduce", "CompositeExplicitAutograd")
+def _join_backward_reduce(
+    grad: Tensor,
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    eps: float,
+    flags: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    sum_dz, sum_dzx, _ = _alloc_stats(ys)
+    channels_last = is_channels_last(ys)
+    ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
+    backends.launcher(backend).join_backward_reduce(
+        sum_dz, sum_dzx, grad, ys, mask, means, vars, weights, biases, eps, flags, channels_last
+    )
+    return sum_dz, sum_dzx
+
+
+@torch.library.impl(_LIB, "join_backward_apply", "CompositeExplicitAutograd")
+def _join_backward_apply(
+    grad: Tensor,
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    sums: list[Tensor],
+    branches: int,
+    eps: float,
+    flags: int,
+    backend: str,
+) -> list[Tensor]:
+    dys, channels_last = _alloc_apply(grad, ys, branches)
+    ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
+    backends.launcher(backend).join_backward_apply(
+        dys, grad, ys, mask, means, vars, weights, biases, sums, eps, flags, channels_last
+    )
+    return dys
+
+
+@torch.library.register_fake("fractal_kernels::channel_stats", lib=_LIB)
+def _channel_stats_fake(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _alloc_stats(ys)
+
+
+@torch.library.register_fake("fractal_kernels::join_forward", lib=_LIB)
+def _join_forward_fake(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    eps: float,
+    flags: int,
+    backend: str,
+) -> Tensor:
+    return _alloc_join(ys, flags)[0]
+
+
+@torch.library.register_fake("fractal_kernels::join_backward_reduce", lib=_LIB)
+def _join_backward_reduce_fake(
+    grad: Tensor,
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    eps: float,
+    flags: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _alloc_stats(ys)[:2]
+
+
+@torch.library.register_fake("fractal_kernels::join_backward_apply", lib=_LIB)
+def _join_backward_apply_fake(
+    grad: Tensor,
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: list[Tensor],
+    vars: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    sums: list[Tensor],
+    branches: int,
+    eps: float,
+    flags: int,
+    backend: str,
+) -> list[Tensor]:
+    return _alloc_apply(grad, ys, branches)[0]

@@ -1,0 +1,176 @@
+"""The public functions as ``torch.nn`` modules, with the parameter names of the modules that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .ops.bn_relu import bn_relu
+from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+
+__all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin"]
+
+
+class MeanJoin(nn.Module):
+    """:func:`masked_mean_join` as a module.
+
+    Example:
+        >>> MeanJoin()([torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]).mean().item()
+        0.5
+    """
+
+    def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        return masked_mean_join(inputs, mask)
+
+
+class DropPathJoin(nn.Module):
+    """A mean join that drops branches while training (local drop-path); nothing is dropped in evaluation.
+
+    Args:
+        p: probability of dropping each branch; at least one survives.
+        granularity: "batch" (one draw) or "sample" (one per sample).
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), section 3.
+    Example:
+        >>> DropPathJoin(0.15)([torch.ones(1, 2, 3, 3)] * 3).mean().item()
+        1.0
+    """
+
+    def __init__(self, p: float, granularity: str = "batch") -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"DropPathJoin: expected p in [0, 1], got {p!r}")
+        if granularity not in ("batch", "sample"):
+            raise ValueError(f"DropPathJoin: expected granularity 'batch' or 'sample', got {granularity!r}")
+        self.p = p
+        self.granularity = granularity
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        if not self.training or self.p == 0:
+            return masked_mean_join(inputs)
+        batch = inputs[0].shape[0] if self.granularity == "sample" else None
+        return masked_mean_join(inputs, drop_path_mask(len(inputs), self.p, batch, device=inputs[0].device))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, granularity={self.granularity!r}"
+
+
+def advance(bn: nn.BatchNorm2d) -> float | Tensor:
+    """Counts a training batch and returns its weight in the running statistics, without reading the device."""
+    if not (bn.training and bn.track_running_stats) or bn.num_batches_tracked is None:
+        return bn.momentum if bn.momentum is not None else 0.0
+    bn.num_batches_tracked.add_(1)
+    return bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked
+
+
+class BatchNormReLU2d(nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` followed by ReLU, fused; the same arguments, parameters and ``state_dict``.
+
+    Example:
+        >>> bool((BatchNormReLU2d(3)(torch.randn(2, 3, 4, 4)) >= 0).all())
+        True
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        return bn_relu(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training or not self.track_running_stats,
+            advance(self),
+            self.eps,
+        )
+
+
+class ConvBNReLU(nn.Module):
+    """Conv2d, then :class:`BatchNormReLU2d`: the column step, with the sub-modules ``conv`` and ``bn``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of ``torch.nn.Conv2d``.
+        eps, momentum, affine, track_running_stats: of ``torch.nn.BatchNorm2d``.
+    Example:
+        >>> ConvBNReLU(3, 8)(torch.randn(2, 3, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+
+
+class BNReLUJoin(nn.Module):
+    """A batch norm per branch and :func:`bn_relu_join`; the batch norms are ``bns.0`` ... ``bns.{k-1}``.
+
+    Args:
+        num_branches: k. num_features: C.
+        reduction, activation, pool, stats: as in :func:`bn_relu_join`.
+        eps, momentum, affine, track_running_stats: of ``torch.nn.BatchNorm2d``.
+    Example:
+        >>> BNReLUJoin(2, 3)([torch.randn(2, 3, 4, 4)] * 2).shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(
+        self,
+        num_branches: int,
+        num_features: int,
+        *,
+        reduction: str = "mean",
+        activation: str = "branch",
+        pool: str | None = None,
+        stats: str = "all",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(
+            nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats) for _ in range(num_branches)
+        )
+        self.reduction, self.activation, self.pool, self.stats = reduction, activation, pool, stats
+
+    def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        if len(inputs) != len(self.bns):
+            raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
+        first = self.bns[0]
+        momenta = [advance(bn) for bn in self.bns]  # type: ignore[arg-type]
+        return bn_relu_join(
+            inputs,
+            [bn.weight for bn in self.bns],  # type: ignore[misc]
+            [bn.bias for bn in self.bns],  # type: ignore[misc]
+            [bn.running_mean for bn in self.bns],  # type: ignore[misc]
+            [bn.running_var for bn in self.bns],  # type: ignore[misc]
+            mask,
+            self.training or not first.track_running_stats,
+            momenta[0],
+            first.eps,  # type: ignore[arg-type]
+            reduction=self.reduction,
+            activation=self.activation,
+            pool=self.pool,
+            stats=self.stats,
+        )

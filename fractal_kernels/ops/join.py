@@ -1,0 +1,297 @@
+"""Masked joins: ``masked_mean_join``, ``bn_relu_join`` and the autograd function under them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends, checks
+from ..library import Flags, accumulate_dtype
+
+__all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
+
+_OPS = torch.ops.fractal_kernels
+_ACTIVATIONS = {"none": Flags(0), "branch": Flags.RELU_BRANCH, "output": Flags.RELU_OUTPUT}
+_REDUCTIONS = {"mean": Flags(0), "sum": Flags.SUM}
+_POOLS = {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}
+_STATS = {"all": Flags(0), "live": Flags.STATS_LIVE}
+
+
+class _PlainJoin(torch.autograd.Function):
+    """The join without normalisation; the gradient of a plain mean needs no input, so none is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, flags: int, backend: str, mask: Tensor | None, *ys: Tensor) -> Tensor:
+        ctx.flags, ctx.backend, ctx.branches = flags, backend, len(ys)
+        ctx.save_for_backward(mask, *(ys if flags & ~Flags.SUM else ()))
+        return _OPS.join_forward(list(ys), mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *ys = ctx.saved_tensors
+        if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
+            share = grad if ctx.flags & Flags.SUM or ctx.branches == 1 else grad / ctx.branches
+            return None, None, None, *[share] * ctx.branches
+        dys = _OPS.join_backward_apply(
+            grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend
+        )
+        return None, None, None, *dys
+
+
+class _NormJoin(torch.autograd.Function):
+    """The join of normalised branches. ``params`` is inputs, then weights, biases, means, vars (each k, or none).
+
+    Saves the inputs and their statistics; normalised and activated values are recomputed. With ``batch_stats`` the
+    statistics are computed here and returned beside the output, for the running ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        k: int,
+        affine: int,
+        batch_stats: bool,
+        eps: float,
+        flags: int,
+        backend: str,
+        mask: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        ys, weights, biases = list(params[:k]), list(params[k : k + affine]), list(params[k + affine : k + 2 * affine])
+        if batch_stats:
+            per_sample = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
+            mean, var, count = _OPS.channel_stats(ys, None if per_sample else mask, backend)
+            means, vars = list(mean.unbind()), list(var.unbind())
+            ctx.save_for_backward(mask, *ys, *weights, *biases, mean, var, count)
+            ctx.mark_non_differentiable(mean, var, count)
+        else:
+            mean = var = count = None
+            means, vars = list(params[k + 2 * affine : -k]), list(params[-k:])
+            ctx.save_for_backward(mask, *ys, *weights, *biases, *means, *vars)
+        ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
+        ctx.eps, ctx.flags, ctx.backend = eps, flags, backend
+        out = _OPS.join_forward(ys, mask, means, vars, weights, biases, eps, flags, backend)
+        return out, mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        k, affine = ctx.k, ctx.affine
+        mask, *saved = ctx.saved_tensors
+        ys, weights, biases = saved[:k], saved[k : k + affine], saved[k + affine : k + 2 * affine]
+        if ctx.batch_stats:
+            mean, var, count = saved[-3:]
+            means, vars = list(mean.unbind()), list(var.unbind())
+        else:
+            means, vars = saved[-2 * k : -k], saved[-k:]
+        head = (grad, ys, mask, means, vars, weights, biases)
+        dws: list[Tensor | None] = [None] * affine
+        dbs: list[Tensor | None] = [None] * affine
+        sums: list[Tensor] = []
+        needs = ctx.needs_input_grad[7:]
+        if ctx.batch_stats or any(needs[k : k + 2 * affine]):
+            dz, dzx = _OPS.join_backward_reduce(*head, ctx.eps, ctx.flags, ctx.backend)
+            if affine:
+                dws, dbs = list(dzx.unbind()), list(dz.unbind())
+            if ctx.batch_stats:
+                sums = [dz, dzx, count]
+        dys: list[Tensor | None] = [None] * k
+        if any(needs[:k]):
+            dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
+        rest = (None,) * (0 if ctx.batch_stats else 2 * k)
+        return (None,) * 7 + (*dys, *dws, *dbs, *rest)
+
+
+def masked_mean_join(
+    inputs: Sequence[Tensor], mask: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    r"""The mean of the branches that live, in one pass.
+
+    .. math:: out_n = \sum_i m_{i,n}\, y_{i,n} \,/\, \max(\sum_i m_{i,n}, 1)
+
+    Args:
+        inputs: 1 to 8 branches [N, C, *] of one shape, dtype (float32, float64, float16, bfloat16) and device.
+            channels_last, contiguous and channel slices of either are read in place, other strides are copied.
+        mask: None (all live), [k] (one draw for the batch) or [k, N] (one per sample); non-zero keeps the branch.
+        backend: a name of :func:`available_backends`; None chooses.
+    Returns:
+        [N, C, *] in the inputs' dtype and layout; 0 in a sample whose branches are all dropped. A dropped branch is
+        never read, so a NaN in it stays there. Sums are float32 (float64 for float64), in a fixed order: repeated
+        calls give the same bits. The backward saves the mask only.
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), section 2 (join) and section 3 (drop-path).
+    Example:
+        >>> a, b = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 3.0)
+        >>> masked_mean_join([a, b]).unique().item()
+        2.0
+        >>> masked_mean_join([a, b], torch.tensor([False, True])).unique().item()
+        3.0
+    """
+    op = "masked_mean_join"
+    ys = checks.branches(op, inputs)
+    mask = checks.mask(op, mask, ys)
+    backend = backends.resolve(op, backend, ys[0].device.type)
+    return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return]
+
+
+def normalised_join(
+    op: str,
+    ys: list[Tensor],
+    weights: list[Tensor | None],
+    biases: list[Tensor | None],
+    running_means: list[Tensor | None],
+    running_vars: list[Tensor | None],
+    mask: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    flags: int,
+    backend: str | None,
+) -> Tensor:
+    """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
+    backend = backends.resolve(op, backend, ys[0].device.type)
+    k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
+    batch_stats = training or running_means[0] is None
+    per_channel = ys[0].shape[0] * ys[0][0, 0].numel() if ys[0].shape[0] else 0
+    if training and per_channel == 1:
+        raise ValueError(
+            f"{op}: expected more than 1 value per channel when training, got inputs of shape {list(ys[0].shape)}"
+        )
+    params: list[Tensor] = []
+    affine = k if any(t is not None for t in (*weights, *biases)) else 0
+    if affine:
+        params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w.to(dtype) for w in weights]
+        params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b.to(dtype) for b in biases]
+    if not batch_stats:
+        params += [t.to(dtype) for t in (*running_means, *running_vars) if t is not None]
+    params = [p.contiguous() for p in params]
+    out, mean, var, count = _NormJoin.apply(k, affine, batch_stats, eps, flags, backend, mask, *ys, *params)
+    if training and running_means[0] is not None:
+        with torch.no_grad():
+            keep = (count > 0) * momentum  # a dropped branch keeps its running statistics
+            unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
+            for i, (running_mean, running_var) in enumerate(zip(running_means, running_vars, strict=True)):
+                assert running_mean is not None and running_var is not None  # checked by the caller
+                running_mean.lerp_(mean[i].to(running_mean.dtype), keep[i].to(running_mean.dtype))
+                running_var.lerp_(unbiased[i].to(running_var.dtype), keep[i].to(running_var.dtype))
+    return out  # type: ignore[no-any-return]
+
+
+def bn_relu_join(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None,
+    biases: Sequence[Tensor | None] | None,
+    running_means: Sequence[Tensor | None] | None,
+    running_vars: Sequence[Tensor | None] | None,
+    mask: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    reduction: str = "mean",
+    activation: str = "branch",
+    pool: str | None = None,
+    stats: str = "all",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Batch norm and ReLU of every branch, their masked join and a 2x2 max-pool, fused.
+
+    .. math:: out = pool\Bigl(\phi_o\Bigl(\tfrac1n \sum_i m_i\, pool(\phi_b(w_i \hat y_i + b_i))\Bigr)\Bigr),\quad
+              \hat y_i = (y_i - \mu_i) / \sqrt{\sigma_i^2 + \epsilon}
+
+    Args:
+        inputs: 1 to 8 branches [N, C, *] (usually convolution outputs), as in :func:`masked_mean_join`.
+        weights, biases: per branch [C] or None (1 and 0); None for no affine at all. Kept in float32.
+        running_means, running_vars: per branch [C], updated in place when training; None: no running statistics, and
+            the batch's are used in evaluation too, as in ``torch.nn.BatchNorm2d``.
+        mask: as in :func:`masked_mean_join`. A branch that a [k] mask drops keeps its running statistics.
+        training: normalise with the batch's statistics (biased variance), else with the running ones.
+        momentum: weight of the new statistics; a 0-dim tensor stays on the device (cumulative averaging).
+        eps: added to the variance.
+        reduction: "mean" over the live branches, or "sum" (residual adds, re-parameterised blocks).
+        activation: "branch" (ReLU on each branch), "output" (ReLU on the join) or "none".
+        pool: None, "before" (each branch pooled, then joined) or "after" (the join pooled); [N, C, H, W] only.
+        stats: under a [k, N] mask, statistics of a branch over "all" samples or over its "live" ones.
+        backend: a name of :func:`available_backends`; None chooses.
+    Returns:
+        [N, C, *] (spatial size halved by a pool, rounded down) in the inputs' dtype and layout.
+        Statistics and sums in float32 (float64 for float64), fixed order: repeated calls give the same bits. The
+        backward saves the inputs and two vectors per branch.
+    Raises:
+        ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
+    Source:
+        Ioffe & Szegedy 2015 (arXiv:1502.03167); Larsson et al. 2016 (arXiv:1605.07648), sections 2 and 3.
+    Example:
+        >>> ys = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+        >>> bn_relu_join(ys, None, None, None, None, training=True, pool="before").shape
+        torch.Size([2, 3, 2, 2])
+    """
+    op = "bn_relu_join"
+    ys = checks.branches(op, inputs)
+    ws, bs = checks.per_channel(op, "weights", weights, ys), checks.per_channel(op, "biases", biases, ys)
+    rms = checks.per_channel(op, "running_means", running_means, ys)
+    rvs = checks.per_channel(op, "running_vars", running_vars, ys)
+    if len({t is None for t in (*rms, *rvs)}) > 1:
+        raise ValueError(f"{op}: expected running_means and running_vars for all branches or for none, got a mixture")
+    mask = checks.mask(op, mask, ys)
+    for name, value, allowed in (
+        ("reduction", reduction, _REDUCTIONS),
+        ("activation", activation, _ACTIVATIONS),
+        ("pool", pool, _POOLS),
+        ("stats", stats, _STATS),
+    ):
+        checks.choice(op, name, value, list(allowed))  # type: ignore[call-overload]
+    if pool is not None:
+        checks.poolable(op, ys[0])
+    flags = _REDUCTIONS[reduction] | _ACTIVATIONS[activation] | _POOLS[pool] | _STATS[stats]
+    return normalised_join(
+        op, ys, ws, bs, rms, rvs, mask, training, momentum, checks.eps(op, eps), int(flags), backend
+    )
+
+
+def drop_path_mask(
+    num_branches: int,
+    p: float,
+    batch_size: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws a local drop-path mask: every branch is dropped with probability p, and at least one survives.
+
+    Args:
+        num_branches: k, 1 to 8.
+        p: probability of dropping a branch, in [0, 1]. If all are dropped, one drawn uniformly is revived.
+        batch_size: N for a mask per sample, None for one draw for the batch.
+        generator: source of randomness, on ``device``.
+        device: where the mask is made, without a synchronisation.
+    Returns:
+        bool, [k] or [k, N]; True keeps the branch.
+    Raises:
+        ValueError: num_branches, p or batch_size out of range.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), section 3, local sampling.
+    Example:
+        >>> drop_path_mask(3, 1.0, 4).sum(0).tolist()
+        [1, 1, 1, 1]
+    """
+    op = "drop_path_mask"
+    if not isinstance(num_branches, int) or not 1 <= num_branches <= 8:
+        raise ValueError(f"{op}: expected num_branches from 1 to 8, got {num_branches!r}")
+    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"{op}: expected p in [0, 1], got {p!r}")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
+        raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")
+    draws = torch.rand((2, num_branches, 1 if batch_size is None else batch_size), generator=generator, device=device)
+    keep = draws[0] >= p
+    revived = draws[1] == draws[1].amax(0) if draws.numel() else keep
+    first = revived & (revived.cumsum(0) == 1)  # ties are as good as impossible, and still revive one
+    keep = keep | (~keep.any(0) & first)
+    return keep[:, 0] if batch_size is None else keep
