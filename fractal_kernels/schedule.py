@@ -1,0 +1,116 @@
+"""The fractal block as rows, and the part of it that lives under a path. Pure Python over small tuples, cached.
+
+Columns c = 0 (shallowest, one conv) ... C-1 (deepest, R = 2**(C-1) convs, one per row). Column c's j-th conv spans the
+rows j*s ... (j+1)*s - 1 with s = 2**(C-1-c). The columns that start at row r read one tensor, the join of row r-1 (the
+block's input for r = 0), so their convs can be one wide conv; the columns that end at row r meet in the join of row r.
+Both are contiguous ranges that end with column C-1. Source: Larsson et al. 2016 (arXiv:1605.07648), section 2.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+MAX_COLUMNS = 8
+
+
+class Unit(NamedTuple):
+    """One conv-BN-ReLU: column ``column``'s ``index``-th, from row ``start`` to row ``end``; ``id`` counts by row."""
+
+    id: int
+    column: int
+    index: int
+    start: int
+    end: int
+
+
+class Schedule(NamedTuple):
+    columns: int
+    rows: int
+    units: tuple[Unit, ...]
+    starts: tuple[tuple[Unit, ...], ...]  # per row, the units that start there
+    ends: tuple[tuple[Unit, ...], ...]  # per row, the units that meet in its join, shallow first
+
+
+class Plan(NamedTuple):
+    """What runs: the units that live, per row; the inputs of every live join (empty: the join is dead)."""
+
+    live: tuple[tuple[Unit, ...], ...]
+    joins: tuple[tuple[Unit, ...], ...]
+    units: tuple[int, ...]  # ids of the units that live
+
+
+@cache
+def schedule(columns: int) -> Schedule:
+    """The rows of a block of this many columns.
+
+    Example:
+        >>> [len(row) for row in schedule(3).starts]
+        [3, 1, 2, 1]
+    """
+    if not isinstance(columns, int) or not 1 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"schedule: expected columns from 1 to {MAX_COLUMNS}, got {columns!r}")
+    rows = 2 ** (columns - 1)
+    units: list[Unit] = []
+    starts: list[tuple[Unit, ...]] = []
+    for row in range(rows):
+        first = len(units)
+        for column in range(columns):
+            span = 2 ** (columns - 1 - column)
+            if row % span == 0:
+                units.append(Unit(len(units), column, row // span, row, row + span - 1))
+        starts.append(tuple(units[first:]))
+    ends = tuple(tuple(sorted((u for u in units if u.end == row), key=lambda u: u.column)) for row in range(rows))
+    return Schedule(columns, rows, tuple(units), tuple(starts), ends)
+
+
+@lru_cache(maxsize=4096)
+def plan(columns: int, keep: tuple[bool, ...]) -> Plan:
+    """The live set of a path.
+
+    Args:
+        columns: C.
+        keep: R*C values, row by row: whether column c is kept in the join of row r. Values of columns that do not end
+            at a row, and of joins that nobody reads, are ignored.
+    Raises:
+        ValueError: a join that lives keeps no branch, or ``keep`` has the wrong length.
+    Example:
+        >>> plan(2, (True, True, True, False)).units  # only the single conv of column 0
+        (0,)
+    """
+    s = schedule(columns)
+    if len(keep) != s.rows * columns:
+        raise ValueError(f"plan: expected keep of {s.rows}*{columns} values, got {len(keep)}")
+    live: list[list[Unit]] = [[] for _ in range(s.rows)]
+    joins: list[tuple[Unit, ...]] = [()] * s.rows
+    reached = [False] * (s.rows - 1) + [True]
+    for row in range(s.rows - 1, -1, -1):
+        if not reached[row]:
+            continue
+        joins[row] = tuple(u for u in s.ends[row] if keep[row * columns + u.column])
+        if not joins[row]:
+            raise ValueError(f"plan: expected the path to keep a branch of the join of row {row}, got none")
+        for unit in joins[row]:
+            live[unit.start].append(unit)
+            if unit.start > 0:
+                reached[unit.start - 1] = True
+    ordered = tuple(tuple(sorted(row)) for row in live)
+    return Plan(ordered, tuple(joins), tuple(u.id for row in ordered for u in row))
+
+
+@cache
+def everything(columns: int) -> Plan:
+    """The plan of the dense execution: every unit and every join."""
+    s = schedule(columns)
+    return Plan(s.starts, s.ends, tuple(range(len(s.units))))
+
+
+def runs(units: tuple[Unit, ...]) -> list[tuple[Unit, ...]]:
+    """Units of one row as runs of neighbouring columns: each can be one conv on a slice of the wide weight."""
+    groups: list[list[Unit]] = []
+    for unit in units:
+        if groups and groups[-1][-1].id + 1 == unit.id:
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    return [tuple(group) for group in groups]

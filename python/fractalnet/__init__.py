@@ -1,0 +1,7 @@
+"""FractalNet: the network, its drop-path and its training, on ``fractal_kernels``."""
+
+from .drop_path import Path
+from .model import FractalNet
+from .zoo import create, list_models
+
+__all__ = ["FractalNet", "Path", "create", "list_models"]
