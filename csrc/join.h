@@ -10,8 +10,10 @@
 
 #if defined(__CUDACC__)
 #define FRACTAL_HD __host__ __device__ __forceinline__
+#define FRACTAL_UNROLL _Pragma("unroll")
 #else
 #define FRACTAL_HD inline __attribute__((always_inline))
+#define FRACTAL_UNROLL _Pragma("GCC unroll 4")  // -O2 keeps small arrays in memory without it
 #endif
 
 namespace fractal {
@@ -42,13 +44,15 @@ FRACTAL_HD V gate(V z, V floor, V g) {
 template <int NP, class V>
 FRACTAL_HD V window_max(const V (&a)[NP]) {
   V m = a[0];
-  for (int p = 1; p < NP; ++p) m = a[p] != a[p] ? a[p] : (a[p] > m ? a[p] : m);  // a NaN wins, as in PyTorch
+  FRACTAL_UNROLL
+  for (int p = 1; p < NP; ++p) m = a[p] > m ? a[p] : (a[p] == a[p] ? m : a[p]);  // a NaN wins, as in PyTorch
   return m;
 }
 
 // Splits g over the window: all of it goes to the first element that equals the maximum m. `out` may be `a`.
 template <int NP, class V>
 FRACTAL_HD void window_route(const V (&a)[NP], V m, V g, V (&out)[NP]) {
+  FRACTAL_UNROLL
   for (int p = 0; p < NP; ++p) {
     const V value = a[p];
     out[p] = value < m ? V{} : g;
@@ -63,8 +67,10 @@ struct Join {
 
   template <int NP>
   FRACTAL_HD void joined(const V (*z)[NP], int k, V (&j)[NP]) const {
+    FRACTAL_UNROLL
     for (int p = 0; p < NP; ++p) {
       j[p] = V{};
+      FRACTAL_UNROLL
       for (int b = 0; b < k; ++b) j[p] += relu(z[b][p], floor_branch);
       j[p] *= weight;
     }
@@ -72,6 +78,7 @@ struct Join {
 
   FRACTAL_HD V joined_pooled(const V (*z)[4], int k) const {
     V j = V{};
+    FRACTAL_UNROLL
     for (int b = 0; b < k; ++b) j += relu(window_max(z[b]), floor_branch);
     return j * weight;
   }
@@ -97,6 +104,7 @@ struct Join {
       joined(z, k, j);
       g = gate(j[0], floor_output, g);
     }
+    FRACTAL_UNROLL
     for (int b = 0; b < k; ++b) dz[b][0] = gate(z[b][0], floor_branch, g);
   }
 
@@ -104,6 +112,7 @@ struct Join {
     g *= weight;
     if (pool_before) {
       if (gate_output) g = gate(joined_pooled(z, k), floor_output, g);
+      FRACTAL_UNROLL
       for (int b = 0; b < k; ++b) {
         const V m = window_max(z[b]);
         window_route(z[b], m, gate(m, floor_branch, g), dz[b]);
@@ -115,7 +124,9 @@ struct Join {
     const V m = window_max(j);
     if (gate_output) g = gate(m, floor_output, g);
     window_route(j, m, g, routed);
+    FRACTAL_UNROLL
     for (int b = 0; b < k; ++b)
+      FRACTAL_UNROLL
       for (int p = 0; p < 4; ++p) dz[b][p] = gate(z[b][p], floor_branch, routed[p]);
   }
 };

@@ -34,7 +34,7 @@ struct Job {
   const void *offset, *slope;  // apply: dy = scale*dz + offset + slope*(y - mean)
   int64_t unit_rows, units_per_sample, units;
 
-  bool live(int b, int64_t n) const { return mask == nullptr || mask[b * mask_k + n * mask_n]; }
+  FRACTAL_HD bool live(int b, int64_t n) const { return mask == nullptr || mask[b * mask_k + n * mask_n]; }
 };
 
 // Runs units [begin, end). `partial` is scratch of accumulator type:

@@ -1,11 +1,10 @@
-// The CPU kernels for avx2. The target is set after the headers, so that no shared inline function is compiled for it.
+// The CPU kernels for avx2. The target is set after the standard headers, so that no inline function
+// that other translation units share is compiled for it.
 #if defined(__x86_64__)
 #include <cstdint>
 #include <limits>
 
 #include <immintrin.h>
-
-#include "job.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -13,6 +12,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#include "job.h"  // under the target: a template takes that of its definition
+
 #define FRACTAL_VEC_BYTES 32
 #define FRACTAL_INLINE __attribute__((always_inline))
 
