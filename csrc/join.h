@@ -22,12 +22,12 @@ constexpr int kMaxBranches = 8;
 
 // The same bits as fractal_kernels.library.Flags.
 enum Flag : int64_t {
-  kSum = 1,           // reduction: sum instead of mean
-  kReluBranch = 2,    // ReLU on each branch
-  kReluOutput = 4,    // ReLU on the joined value
-  kPoolBefore = 8,    // 2x2 max-pool of each branch, then join
-  kPoolAfter = 16,    // 2x2 max-pool of the joined value
-  kStatsLive = 32,    // statistics of a branch run over its live samples only
+  kSum = 1,         // reduction: sum instead of mean
+  kReluBranch = 2,  // ReLU on each branch
+  kReluOutput = 4,  // ReLU on the joined value
+  kPoolBefore = 8,  // 2x2 max-pool of each branch, then join
+  kPoolAfter = 16,  // 2x2 max-pool of the joined value
+  kStatsLive = 32,  // statistics of a branch run over its live samples only
 };
 
 template <class V>
@@ -125,9 +125,8 @@ struct Join {
     if (gate_output) g = gate(m, floor_output, g);
     window_route(j, m, g, routed);
     FRACTAL_UNROLL
-    for (int b = 0; b < k; ++b)
-      FRACTAL_UNROLL
-      for (int p = 0; p < 4; ++p) dz[b][p] = gate(z[b][p], floor_branch, routed[p]);
+    for (int b = 0; b < k; ++b) FRACTAL_UNROLL
+    for (int p = 0; p < 4; ++p) dz[b][p] = gate(z[b][p], floor_branch, routed[p]);
   }
 };
 

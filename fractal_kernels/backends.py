@@ -26,9 +26,7 @@ class BackendUnavailable(RuntimeError):
     """The backend that was asked for cannot run here; the message says why and what to do."""
 
 
-@cache
-def extension() -> tuple[ModuleType | None, str]:
-    """The compiled module and, where it cannot be loaded, the reason and the remedy."""
+def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("fractal_kernels._C"), ""
     except ModuleNotFoundError as error:
@@ -43,6 +41,14 @@ def extension() -> tuple[ModuleType | None, str]:
             f"the C++ extension does not load ({error}); rebuild it against the installed PyTorch "
             f"{torch.__version__}: `FRACTAL_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps .`"
         )
+
+
+_extension = _load()  # at import: torch.compile cannot trace an import
+
+
+def extension() -> tuple[ModuleType | None, str]:
+    """The compiled module and, where it cannot be loaded, the reason and the remedy."""
+    return _extension
 
 
 @cache

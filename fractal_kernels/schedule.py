@@ -15,11 +15,11 @@ MAX_COLUMNS = 8
 
 
 class Unit(NamedTuple):
-    """One conv-BN-ReLU: column ``column``'s ``index``-th, from row ``start`` to row ``end``; ``id`` counts by row."""
+    """One conv-BN-ReLU: column ``column``'s ``step``-th, from row ``start`` to row ``end``; ``id`` counts by row."""
 
     id: int
     column: int
-    index: int
+    step: int
     start: int
     end: int
 

@@ -15,7 +15,8 @@ struct View {  // strides in elements
 };
 
 // Without pooling, H = 1 and W is the number of pixels. Work is cut into units, the same for any number of threads:
-// channels_last: `unit_rows` rows of pixels (pooling: one row of windows) of a sample; contiguous: one (sample, channel).
+// channels_last: `unit_rows` rows of pixels (pooling: one row of windows) of a sample; contiguous: one (sample,
+// channel).
 struct Job {
   Kernel kernel;
   DType dtype;
@@ -38,7 +39,8 @@ struct Job {
 };
 
 // Runs units [begin, end). `partial` is scratch of accumulator type:
-//   kStats: branch `branch`: channels_last: count, mean[C], m2[C] of these units together (in that order, 1 + 2C values);
+//   kStats: branch `branch`: channels_last: count, mean[C], m2[C] of these units together (in that order, 1 + 2C
+//   values);
 //           contiguous: mean[units], m2[units], indexed by unit.
 //   kReduce: channels_last: sum_dz, sum_dz*(y - mean): [k][2][C]; contiguous: [units][k][2].
 using RunFn = void (*)(const Job& job, int branch, int64_t begin, int64_t end, void* partial);

@@ -1,10 +1,10 @@
 // The CPU kernels for avx2. The target is set after the standard headers, so that no inline function
 // that other translation units share is compiled for it.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <limits>
-
-#include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -1,13 +1,14 @@
 // The CPU kernels for avx512. The target is set after the standard headers, so that no inline function
 // that other translation units share is compiled for it.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstdint>
 #include <limits>
 
-#include <immintrin.h>
-
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,fma,f16c")

@@ -1,4 +1,5 @@
-// The CPU kernels for baseline. The target is set after the headers, so that no shared inline function is compiled for it.
+// The CPU kernels for baseline. The target is set after the headers, so that no shared inline function is compiled for
+// it.
 #include <cstdint>
 #include <limits>
 

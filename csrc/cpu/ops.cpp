@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "job.h"
 #include "isa.h"
+#include "job.h"
 
 namespace fractal::cpu {
 
@@ -23,10 +23,10 @@ using Tensors = std::vector<Tensor>;
 
 namespace {
 
-constexpr int64_t kUnitBytes = 16384;   // of one branch: a unit stays in L1 for the second pass of the statistics
-constexpr int64_t kGrain = 16384;       // elements of one branch that are worth a thread
+constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for the second pass of the statistics
+constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
 constexpr int64_t kBlockElements = 16384;
-constexpr int64_t kMaxBlocks = 256;     // partials of a reduction
+constexpr int64_t kMaxBlocks = 256;  // partials of a reduction
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {

@@ -1,5 +1,5 @@
-// SIMD vectors of FRACTAL_VEC_BYTES bytes on the compiler's vector extension, and loads and stores of the storage types.
-// Included inside the ISA's namespace by each SIMD translation unit, so nothing here may be shared between them.
+// SIMD vectors of FRACTAL_VEC_BYTES bytes on the compiler's vector extension, and loads and stores of the storage
+// types. Included inside the ISA's namespace by each SIMD translation unit, so nothing here may be shared between them.
 
 template <class A>
 struct VecOf {

@@ -37,9 +37,7 @@ class _PlainJoin(torch.autograd.Function):
         if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
             share = grad if ctx.flags & Flags.SUM or ctx.branches == 1 else grad / ctx.branches
             return None, None, None, *[share] * ctx.branches
-        dys = _OPS.join_backward_apply(
-            grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend
-        )
+        dys = _OPS.join_backward_apply(grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend)
         return None, None, None, *dys
 
 
@@ -107,9 +105,7 @@ class _NormJoin(torch.autograd.Function):
         return (None,) * 7 + (*dys, *dws, *dbs, *rest)
 
 
-def masked_mean_join(
-    inputs: Sequence[Tensor], mask: Tensor | None = None, *, backend: str | None = None
-) -> Tensor:
+def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     r"""The mean of the branches that live, in one pass.
 
     .. math:: out_n = \sum_i m_{i,n}\, y_{i,n} \,/\, \max(\sum_i m_{i,n}, 1)
@@ -138,7 +134,7 @@ def masked_mean_join(
     ys = checks.branches(op, inputs)
     mask = checks.mask(op, mask, ys)
     backend = backends.resolve(op, backend, ys[0].device.type)
-    return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return]
+    return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def normalised_join(
@@ -172,7 +168,7 @@ def normalised_join(
     if not batch_stats:
         params += [t.to(dtype) for t in (*running_means, *running_vars) if t is not None]
     params = [p.contiguous() for p in params]
-    out, mean, var, count = _NormJoin.apply(k, affine, batch_stats, eps, flags, backend, mask, *ys, *params)
+    out, mean, var, count = _NormJoin.apply(k, affine, batch_stats, eps, flags, backend, mask, *ys, *params)  # type: ignore[no-untyped-call]
     if training and running_means[0] is not None:
         with torch.no_grad():
             keep = (count > 0) * momentum  # a dropped branch keeps its running statistics
@@ -247,13 +243,11 @@ def bn_relu_join(
         ("pool", pool, _POOLS),
         ("stats", stats, _STATS),
     ):
-        checks.choice(op, name, value, list(allowed))  # type: ignore[call-overload]
+        checks.choice(op, name, value, list(allowed))
     if pool is not None:
         checks.poolable(op, ys[0])
     flags = _REDUCTIONS[reduction] | _ACTIVATIONS[activation] | _POOLS[pool] | _STATS[stats]
-    return normalised_join(
-        op, ys, ws, bs, rms, rvs, mask, training, momentum, checks.eps(op, eps), int(flags), backend
-    )
+    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, checks.eps(op, eps), int(flags), backend)
 
 
 def drop_path_mask(

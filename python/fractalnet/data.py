@@ -178,7 +178,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     pending = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in files}
     try:
-        for (temporary, target) in pending.items():
+        for temporary, target in pending.items():
             with open(temporary, "wb") as file:
                 file.write(files[target.name])
                 file.flush()

@@ -7,8 +7,9 @@ Source: Larsson et al. 2016 (arXiv:1605.07648), section 3.
 from __future__ import annotations
 
 import torch
-from fractal_kernels.schedule import schedule
 from torch import Tensor
+
+from fractal_kernels.schedule import schedule
 
 __all__ = ["Path", "column_path", "full_path", "sample_path"]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
+
 from fractal_kernels.block import fractal_block
 from fractal_kernels.schedule import schedule
-from torch import Tensor, nn
 
 from . import drop_path
 from .drop_path import Path
@@ -17,8 +18,16 @@ from .drop_path import Path
 __all__ = ["FractalBlock", "FractalNet"]
 
 
+def _as_conv(weight: Tensor) -> Tensor:
+    """[O, kH, kW, I] as the [O, I, kH, kW] view that a convolution takes."""
+    return weight.permute(0, 3, 1, 2)
+
+
 class FractalBlock(nn.Module):
     """One fractal block: a wide weight per row, and the normalisation of all units in [U, K] tensors.
+
+    ``weights[r]`` is [n_r*K, 3, 3, C_in]: channels_last convolution weights, stored contiguously, so that neither the
+    convolutions nor a fused optimiser has to copy them.
 
     Running statistics are [S, U, K]: set 0 of steps in which a unit ran inside the full network, set 1 of steps in
     which its column ran alone (S = 2), or one set for both (S = 1).
@@ -44,9 +53,7 @@ class FractalBlock(nn.Module):
         self.dropout, self.pool, self.momentum, self.eps = dropout, pool, momentum, eps
         units = len(self.schedule.units)
         self.weights = nn.ParameterList(
-            torch.empty(len(row) * channels, in_channels if r == 0 else channels, 3, 3).to(
-                memory_format=torch.channels_last
-            )
+            torch.empty(len(row) * channels, 3, 3, in_channels if r == 0 else channels)
             for r, row in enumerate(self.schedule.starts)
         )
         self.gamma = nn.Parameter(torch.ones(units, channels)) if bn_affine else None
@@ -57,19 +64,19 @@ class FractalBlock(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros(sets, units))
 
     def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
-        """Column c's j-th conv: views ``weight``, ``gamma``, ``beta``, ``conv_bias``, ``running_mean``, ``running_var``.
+        """Views of column c's j-th conv: ``weight`` [K, C_in, 3, 3], ``gamma``, ``beta``, ``conv_bias`` and statistics.
 
         Args:
             c: column. j: which of its 2**c convs. set: which set of running statistics.
         """
         for unit in self.schedule.units:
-            if (unit.column, unit.index) == (c, j):
+            if (unit.column, unit.step) == (c, j):
                 break
         else:
             raise ValueError(f"unit: expected c < {self.columns} and j < 2**c, got c={c!r}, j={j!r}")
         first = self.schedule.starts[unit.start][0].id
         return SimpleNamespace(
-            weight=self.weights[unit.start].narrow(0, (unit.id - first) * self.channels, self.channels),
+            weight=_as_conv(self.weights[unit.start]).narrow(0, (unit.id - first) * self.channels, self.channels),
             gamma=None if self.gamma is None else self.gamma[unit.id],
             beta=None if self.beta is None else self.beta[unit.id],
             conv_bias=None if self.conv_bias is None else self.conv_bias[unit.id],
@@ -86,7 +93,7 @@ class FractalBlock(nn.Module):
             mean, var = (t.index_select(0, which)[0] for t in (self.running_mean, self.running_var))
         result = fractal_block(
             x,
-            list(self.weights),
+            [_as_conv(weight) for weight in self.weights],
             self.gamma,
             self.beta,
             keep,
@@ -128,7 +135,7 @@ class FractalNet(nn.Module):
         in_channels, image_size: of the images, [N, in_channels, image_size, image_size].
         dropout: rate per block between convolution and batch norm, or None.
         local_drop, global_ratio, granularity: the drop-path of :meth:`sample_path`.
-        pool_order: "before_join" (each column pooled, as the authors' code does) or "after_join" (as their figure has it).
+        pool_order: "before_join" (each column pooled: the authors' code) or "after_join" (the authors' figure).
         conv_bias, bn_affine: whether convs have a bias and batch norms an affine.
         split_stats: two sets of running statistics, for the full network and for columns that ran alone. Per-sample
             paths mix both kinds in a batch and use one.
@@ -196,7 +203,7 @@ class FractalNet(nn.Module):
     def _init(self, init: str) -> None:
         for block in self.blocks:
             for weight in block.weights:
-                fan_in, fan_out = weight.shape[1] * 9, block.channels * 9  # of a unit, not of the wide weight
+                fan_in, fan_out = weight.shape[3] * 9, block.channels * 9  # of a unit, not of the wide weight
                 if init == "xavier":
                     nn.init.uniform_(weight, -(bound := math.sqrt(6 / (fan_in + fan_out))), bound)
                 else:
@@ -263,7 +270,11 @@ class FractalNet(nn.Module):
                 conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None)
                 bn = nn.BatchNorm2d(out_channels, block.eps, block.momentum, affine=unit.gamma is not None)
                 pairs = [(conv.weight, unit.weight), (conv.bias, unit.conv_bias), (bn.weight, unit.gamma)]
-                pairs += [(bn.bias, unit.beta), (bn.running_mean, unit.running_mean), (bn.running_var, unit.running_var)]
+                pairs += [
+                    (bn.bias, unit.beta),
+                    (bn.running_mean, unit.running_mean),
+                    (bn.running_var, unit.running_var),
+                ]
                 for target, source in pairs:
                     if target is not None:
                         target.copy_(source)

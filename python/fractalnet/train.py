@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import platform
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from fractal_kernels import available_backends
 
 from . import data, evaluate, plots
 from .data import Recipe, Split
@@ -101,20 +102,20 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, Any]:
         model = evaluate.build(config, f"recipe {recipe.name}")
         parameters = sum(p.numel() for p in model.parameters())
         print(
-            f"{recipe.name}: {len(split.train_y)} training and {len(split.test_y)} hold-out images; FractalNet of "
-            f"{model.columns} columns, {len(model.channels)} blocks, {model.depth()} layers, {parameters:,} parameters; "
-            f"{recipe.epochs} epochs on {torch.get_num_threads()} threads"
+            f"{recipe.name}: {len(split.train_y)} training and {len(split.test_y)} hold-out images; "
+            f"FractalNet of {model.columns} columns, {len(model.channels)} blocks, {model.depth()} layers, "
+            f"{parameters:,} parameters; {recipe.epochs} epochs on {torch.get_num_threads()} threads"
         )
         trained = fit(model, split, recipe, seed)
         print(f"trained in {trained['seconds']:.0f} s; measuring ...")
-        columns = evaluate.columns(model, split.test_x, split.test_y)
+        columns = evaluate.measure(model, split.test_x, split.test_y)
         steps = evaluate.compare_steps(model, config, split, recipe, seed)
         metrics = {
             "recipe": asdict(recipe),
             "seed": seed,
             "versions": versions(),
             "threads": torch.get_num_threads(),
-            "backends": list(evaluate.backends()),
+            "backends": list(available_backends()),
             "data": split.describe(),
             "parameters": parameters,
             "training_seconds": trained["seconds"],
@@ -133,10 +134,3 @@ def run(recipe: Recipe, seed: int, out: Path) -> dict[str, Any]:
         data.write(out, files)
         print(f"\n{evaluate.table(columns)}\n\n{evaluate.step_table(steps)}\n\nwrote {', '.join(files)} to {out}")
     return metrics
-
-
-def to_bytes(value: Any) -> bytes:
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

@@ -1,0 +1,380 @@
+"""The operators of the fractal block, forward and backward, over the schedule of rows.
+
+A row is a (wide) convolution of the units that start there, their statistics, and the join of those that end there.
+Kept for backward: the joins J_r, the convolutions' outputs and their statistics; nothing normalised or activated. Every
+J_r is read by the convolutions of row r+1 alone, so backward has nothing to accumulate but a row that was split.
+The path is data: under torch.compile the operators are opaque and take it as a small CPU tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
+from .schedule import Plan, Unit, everything, plan, runs, schedule
+
+_aten = torch.ops.aten
+
+
+def wide_is_faster(in_channels: int, channels: int, pixels: int) -> bool:
+    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
+    return in_channels < 128
+
+
+def _groups(units: tuple[Unit, ...], weight: Tensor, channels: int, pixels: int) -> list[tuple[Unit, ...]]:
+    if wide_is_faster(weight.shape[1], channels, pixels):
+        return runs(units)
+    return [(unit,) for unit in units]
+
+
+def _plan(columns: int, path: Tensor, dense: bool) -> Plan:
+    return everything(columns) if dense or path.dim() == 3 else plan(columns, tuple(path.flatten().tolist()))
+
+
+def _join_mask(path: Tensor, dense: bool, row: int, joined: tuple[Unit, ...]) -> Tensor | None:
+    """The mask of a join whose dropped branches did run: per sample, or dense execution."""
+    if path.dim() == 3 or dense:
+        return path[row, joined[0].column :]
+    return None
+
+
+class _Rows:
+    """What forward and backward share: where a unit's output, parameters and statistics are."""
+
+    def __init__(self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int) -> None:
+        self.columns = len(weights).bit_length()
+        self.rows, self.channels, self.path, self.dense, self.flags = len(weights), channels, path, dense, flags
+        self.schedule = schedule(self.columns)
+        self.plan = _plan(self.columns, path, dense)
+
+    def groups(self, row: int, weights: list[Tensor], pixels: int) -> list[tuple[Unit, ...]]:
+        return _groups(self.plan.live[row], weights[row], self.channels, pixels)
+
+    def offset(self, group: tuple[Unit, ...]) -> int:
+        """Of a group's first channel in its row's wide weight."""
+        return (group[0].id - self.schedule.starts[group[0].start][0].id) * self.channels
+
+    def weight(self, group: tuple[Unit, ...], weights: list[Tensor]) -> Tensor:
+        return weights[group[0].start].narrow(0, self.offset(group), len(group) * self.channels)
+
+    def join_flags(self, row: int) -> int:
+        return int(self.flags if row == self.rows - 1 else self.flags & ~(Flags.POOL_BEFORE | Flags.POOL_AFTER))
+
+    def norm(
+        self, joined: tuple[Unit, ...], mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> list[list[Tensor]]:
+        ids = [u.id for u in joined]
+        return [[] if t is None else [t[i] for i in ids] for t in (mean, var, gamma, beta)]
+
+
+def _slices(ys: dict[int, Tensor], joined: tuple[Unit, ...]) -> list[Tensor]:
+    return [ys[u.id] for u in joined]
+
+
+def _narrow(y: Tensor, group: tuple[Unit, ...], channels: int, into: dict[int, Tensor]) -> None:
+    for i, unit in enumerate(group):
+        into[unit.id] = y if len(group) == 1 else y.narrow(1, i * channels, channels)
+
+
+_LIB.define(
+    "block_forward(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta, Tensor? mean,"
+    " Tensor? var, Tensor path, bool dense, float dropout, float eps, int flags, bool save, bool fixed, str backend)"
+    " -> Tensor[]"
+)
+_LIB.define(
+    "block_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
+    " Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool needs_x, bool dense, float dropout,"
+    " float eps, int flags, bool fixed, str backend) -> Tensor[]"
+)
+
+
+@torch.library.impl(_LIB, "block_forward", "CompositeExplicitAutograd")
+def _block_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    conv_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    path: Tensor,
+    dense: bool,
+    dropout: float,
+    eps: float,
+    flags: int,
+    save: bool,
+    fixed: bool,
+    backend: str,
+) -> list[Tensor]:
+    """[out, live, mean, var, *saved]: saved is what _saved_names lists, or its full-size form where ``fixed``."""
+    launch = backends.launcher(backend)
+    units = len(schedule(len(weights).bit_length()).units)
+    channels = sum(w.shape[0] for w in weights) // units
+    rows = _Rows(weights, channels, path, dense, flags)
+    training = mean is None
+    dtype = accumulate_dtype(x.dtype)
+    live = x.new_zeros(units, dtype=dtype)
+    if training:
+        mean, var = x.new_zeros((units, channels), dtype=dtype), x.new_zeros((units, channels), dtype=dtype)
+        count = x.new_empty(1, dtype=dtype)
+        alive = (
+            everything(rows.columns).units
+            if path.dim() == 3
+            else plan(rows.columns, tuple(path.flatten().tolist())).units
+        )
+        live[list(alive)] = 1
+    assert mean is not None and var is not None
+    pixels = x.shape[2] * x.shape[3]
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    ys: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
+    joins: list[Tensor] = []
+    source = x
+    for row in range(rows.rows):
+        outputs: list[Tensor] = []
+        noises: list[Tensor] = []
+        groups = rows.groups(row, weights, pixels)
+        for group in groups:
+            first, n = group[0].id, len(group)
+            bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
+            y = torch.conv2d(source, rows.weight(group, weights), bias, padding=1)
+            if dropout and training:
+                y, noise = _aten.native_dropout(y, dropout, True)
+                noises.append(noise)
+            y = to_layout(y, True)
+            if training:
+                stats = mean[first : first + n].view(1, -1), var[first : first + n].view(1, -1)
+                launch.channel_stats(*stats, count, [y], None, True)
+            outputs.append(y)
+            _narrow(y, group, channels, ys)
+        if save:
+            noisy = dropout and training
+            kept += _fix(outputs, groups, rows, row, source) if fixed else outputs
+            kept += _fix(noises, groups, rows, row, source.bool()) if fixed and noisy else noises
+        joined = rows.plan.joins[row]
+        if joined:
+            last = row == rows.rows - 1
+            pool = last and Flags(flags).pool
+            source = empty(pooled(shape) if pool else shape, x, True)
+            norm = rows.norm(joined, mean, var, gamma, beta)
+            mask = _join_mask(path, dense, row, joined)
+            launch.join_forward(source, _slices(ys, joined), mask, *norm, eps, rows.join_flags(row), True)
+            for unit in joined:
+                del ys[unit.id]
+            if not last:
+                joins.append(source)
+        elif fixed and row < rows.rows - 1:
+            joins.append(empty(shape, x, True))
+        if not save:
+            joins.clear()
+    if not training:
+        mean, var = x.new_empty(0), x.new_empty(0)
+    return [source, live, mean, var, *joins, *kept]
+
+
+def _fix(parts: list[Tensor], groups: list[tuple[Unit, ...]], rows: _Rows, row: int, like: Tensor) -> list[Tensor]:
+    """The parts of a row in one buffer whose size does not depend on the path (torch.compile)."""
+    wide = len(rows.schedule.starts[row]) * rows.channels
+    if len(parts) == 1 and parts[0].shape[1] == wide:
+        return parts
+    full = empty((like.shape[0], wide, *like.shape[2:]), like, True)
+    for part, group in zip(parts, groups, strict=True):
+        full.narrow(1, rows.offset(group), part.shape[1]).copy_(part)
+    return [full]
+
+
+@torch.library.impl(_LIB, "block_backward", "CompositeExplicitAutograd")
+def _block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    path: Tensor,
+    saved: list[Tensor],
+    conv_bias: bool,
+    batch_stats: bool,
+    needs_x: bool,
+    dense: bool,
+    dropout: float,
+    eps: float,
+    flags: int,
+    fixed: bool,
+    backend: str,
+) -> list[Tensor]:
+    """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
+    launch = backends.launcher(backend)
+    units, channels = mean.shape
+    rows = _Rows(weights, channels, path, dense, flags)
+    pixels = x.shape[2] * x.shape[3]
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    joins, outputs, noises = _unpack(rows, weights, saved, pixels, bool(dropout) and batch_stats, fixed)
+    ys: dict[int, Tensor] = {}
+    dys: dict[int, Tensor] = {}
+    buffers: dict[int, list[tuple[tuple[Unit, ...], Tensor, int]]] = {}
+    for row, parts in enumerate(outputs):
+        buffers[row] = []
+        for i, (group, y) in enumerate(parts):
+            _narrow(y, group, channels, ys)
+            dy = empty((shape[0], len(group) * channels, *shape[2:]), x, True)
+            _narrow(dy, group, channels, dys)
+            buffers[row].append((group, dy, i))
+    order = [u.id for joined in rows.plan.joins for u in joined]
+    sums = x.new_empty((2, len(order), channels), dtype=mean.dtype)
+    count = x.new_full((MAX_BRANCHES,), shape[0] * pixels, dtype=mean.dtype)
+    dweights: list[Tensor] = [x.new_empty(0)] * rows.rows
+    dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
+    position, d = len(order), grad
+    for row in range(rows.rows - 1, -1, -1):
+        joined = rows.plan.joins[row]
+        if joined:
+            position -= len(joined)
+            dz, dzx = (s[position : position + len(joined)] for s in sums)
+            norm = rows.norm(joined, mean, var, gamma, beta)
+            mask = _join_mask(path, dense, row, joined)
+            g, y_list, code = to_layout(d, True), _slices(ys, joined), rows.join_flags(row)
+            if batch_stats or gamma is not None:
+                launch.join_backward_reduce(dz, dzx, g, y_list, mask, *norm, eps, code, True)
+            stats = [dz, dzx, count] if batch_stats else []
+            dy_list = [dys.pop(u.id) for u in joined]
+            launch.join_backward_apply(dy_list, g, y_list, mask, *norm, stats, eps, code, True)
+            for unit in joined:
+                del ys[unit.id]
+        source = x if row == 0 else joins[row - 1]
+        needs = row > 0 or needs_x
+        total: Tensor | None = None
+        parts = []
+        for group, dy, i in buffers.pop(row):
+            if dropout and batch_stats:
+                dy = _aten.native_dropout_backward(dy, noises[row][i], 1.0 / (1.0 - dropout))
+            sizes = [dy.shape[1]] if conv_bias else None
+            want = [needs, True, conv_bias]
+            weight = rows.weight(group, weights)
+            dsource, dweight, dbias = _aten.convolution_backward(
+                dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
+            )
+            if needs:
+                total = dsource if total is None else total.add_(dsource)
+            if conv_bias:
+                dconv_bias[group[0].id : group[0].id + len(group)] = dbias.view(len(group), channels)
+            parts.append((group, dweight))
+        dweights[row] = _gather_weight(weights[row], parts, rows)
+        if total is not None:
+            d = total
+    dgamma, dbeta = (x.new_empty(0) if p is None else torch.zeros_like(mean) for p in (gamma, beta))
+    for p, out, s in ((gamma, dgamma, sums[1]), (beta, dbeta, sums[0])):
+        if p is not None:
+            out[order] = s
+    return [to_layout(d, True) if needs_x else x.new_empty(0), *dweights, dconv_bias, dgamma, dbeta]
+
+
+def _gather_weight(weight: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: _Rows) -> Tensor:
+    """The gradient of a row's wide weight; zeros, not None, where a unit does not live."""
+    if len(parts) == 1 and parts[0][1].shape == weight.shape and parts[0][1].stride() == weight.stride():
+        return parts[0][1]
+    full = torch.empty_like(weight)
+    done = 0
+    for group, dweight in parts:
+        offset = rows.offset(group)
+        full[done:offset].zero_()
+        done = offset + dweight.shape[0]
+        full[offset:done].copy_(dweight)
+    full[done:].zero_()
+    return full
+
+
+def _unpack(
+    rows: _Rows, weights: list[Tensor], saved: list[Tensor], pixels: int, noisy: bool, fixed: bool
+) -> tuple[list[Tensor], list[list[tuple[tuple[Unit, ...], Tensor]]], list[list[Tensor]]]:
+    """Joins by row, (group, output) by row, dropout masks by row, from what block_forward returned."""
+    items = iter(saved)
+    joins = [next(items) if fixed or rows.plan.joins[r] else rows.path for r in range(rows.rows - 1)]
+    outputs, noises = [], []
+    for row in range(rows.rows):
+        groups = rows.groups(row, weights, pixels)
+        parts: list[list[Tensor]] = []
+        for _ in range(2 if noisy else 1):
+            if fixed:
+                full = next(items)
+                n = rows.channels
+                parts.append([full.narrow(1, rows.offset(g), len(g) * n) for g in groups])
+            else:
+                parts.append([next(items) for _ in groups])
+        outputs.append(list(zip(groups, parts[0], strict=True)))
+        noises.append(parts[1] if noisy else [])
+    return joins, outputs, noises
+
+
+@torch.library.register_fake("fractal_kernels::block_forward", lib=_LIB)
+def _block_forward_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    conv_bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    path: Tensor,
+    dense: bool,
+    dropout: float,
+    eps: float,
+    flags: int,
+    save: bool,
+    fixed: bool,
+    backend: str,
+) -> list[Tensor]:
+    s = schedule(len(weights).bit_length())
+    units, dtype = len(s.units), accumulate_dtype(x.dtype)
+    channels = sum(w.shape[0] for w in weights) // units
+    shape = (x.shape[0], channels, x.shape[2], x.shape[3])
+    size = (units, channels) if mean is None else (0,)
+    out = [
+        empty(pooled(shape) if Flags(flags).pool else shape, x, True),
+        x.new_empty(units, dtype=dtype),
+        x.new_empty(size, dtype=dtype if mean is None else x.dtype),
+        x.new_empty(size, dtype=dtype if mean is None else x.dtype),
+    ]
+    if save:
+        out += [empty(shape, x, True) for _ in range(s.rows - 1)]
+        for row in s.starts:
+            wide = empty((shape[0], len(row) * channels, *shape[2:]), x, True)
+            out.append(wide)
+            if dropout and mean is None:
+                out.append(torch.empty_like(wide, dtype=torch.bool))
+    return out
+
+
+@torch.library.register_fake("fractal_kernels::block_backward", lib=_LIB)
+def _block_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    path: Tensor,
+    saved: list[Tensor],
+    conv_bias: bool,
+    batch_stats: bool,
+    needs_x: bool,
+    dense: bool,
+    dropout: float,
+    eps: float,
+    flags: int,
+    fixed: bool,
+    backend: str,
+) -> list[Tensor]:
+    none = x.new_empty(0)
+    return [
+        empty(x.shape, x, True) if needs_x else none,
+        *(torch.empty_like(w) for w in weights),
+        *(
+            torch.empty_like(mean) if there else x.new_empty(0)
+            for there in (conv_bias, gamma is not None, beta is not None)
+        ),
+    ]

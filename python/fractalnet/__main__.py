@@ -1,0 +1,102 @@
+"""python -m fractalnet: train a recipe, evaluate a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import data, evaluate, train
+from .data import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Options in full only, and errors that list what exists."""
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def options(self) -> str:
+        return ", ".join(o for action in self._actions for o in action.option_strings if o.startswith("--"))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def whole(least: int):
+    """A whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    recipe = data.load_recipe(arguments.recipe, epochs=arguments.epochs, batch_size=arguments.batch_size)
+    train.run(recipe, arguments.seed, arguments.out or Path("runs") / recipe.name)
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    model, content = evaluate.unpack(arguments.checkpoint)
+    split = data.load(content["recipe"]["data"])
+    print(evaluate.table(evaluate.measure(model, split.test_x, split.test_y)))
+
+
+def run_anytime(arguments: argparse.Namespace) -> None:
+    model, content = evaluate.unpack(arguments.checkpoint)
+    split = data.load(content["recipe"]["data"])
+    print(evaluate.anytime_table(evaluate.anytime(model, split.test_x, split.test_y), len(split.test_y)))
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m fractalnet", description="Trains and evaluates FractalNets.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    command = commands.add_parser("train", help="train a network by a recipe, measure it, draw what it learned")
+    command.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(data.recipes())}")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/RECIPE)")
+    command.add_argument("--epochs", type=whole(1), metavar="N", help="in place of the recipe's")
+    command.add_argument("--batch-size", type=whole(1), metavar="B", help="in place of the recipe's")
+    command.add_argument(
+        "--seed", type=whole(0), metavar="S", default=0, help="of weights, batches and paths (default: 0)"
+    )
+    command.set_defaults(run=run_train, parser=command)
+    for name, run, text in (
+        ("eval", run_eval, "accuracy and time of a checkpoint's full network and of each column alone"),
+        ("anytime", run_anytime, "a checkpoint's answers, shallow column first, and when they are there"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+        command.set_defaults(run=run, parser=command)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments, unknown = parser().parse_known_args(argv)
+    if unknown:
+        command = arguments.parser
+        command.error(f"unknown argument {' '.join(unknown)}; the options are: {command.options()}")
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up as an interrupt does
+    sys.exit(main())

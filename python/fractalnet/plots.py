@@ -1,0 +1,121 @@
+"""The demo's plots, as PNG bytes. Drawn without pyplot: no window, no global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["accuracies", "losses", "steps"]
+
+FULL = "#1b1b1b"
+FUSED, EAGER = "#0072b2", "#c8c8c8"
+
+
+def figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = list(drawn.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return drawn, axes
+
+
+def png(drawn: Any) -> bytes:
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def column_colours(count: int) -> list[Any]:
+    """From light to dark with depth."""
+    from matplotlib import colormaps
+
+    return [colormaps["plasma"](0.8 - 0.7 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def losses(history: Sequence[dict[str, Any]]) -> bytes:
+    """Hold-out loss of the full network and of every column alone, epoch by epoch."""
+    from matplotlib.ticker import MaxNLocator
+
+    drawn, (ax,) = figure(7, 4.2)
+    epochs = [h["epoch"] for h in history]
+    names = list(history[0]["holdout"])
+    colours = dict(zip(names[1:], column_colours(len(names) - 1), strict=True))
+    marker = "o" if len(epochs) < 3 else None
+    for name in [*names[1:], names[0]]:
+        values = [h["holdout"][name]["loss"] for h in history]
+        label = "full network" if name == "full" else f"{name} alone"
+        width = 2.2 if name == "full" else 1.5
+        ax.plot(epochs, values, color=colours.get(name, FULL), linewidth=width, label=label, marker=marker)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("hold-out loss (cross-entropy, nats)")
+    ax.set_title("Loss of the full network and of every column alone")
+    ax.legend(frameon=False)
+    return png(drawn)
+
+
+def accuracies(columns: Sequence[dict[str, Any]]) -> bytes:
+    """Hold-out accuracy against depth; the bars are the standard error of a share of so many images."""
+    from matplotlib.ticker import NullLocator
+
+    drawn, (ax,) = figure(6, 4.2)
+    alone = [c for c in columns if c["column"] is not None]
+    full = next(c for c in columns if c["column"] is None)
+    images = full["images"]
+
+    def percent(c: dict[str, Any]) -> tuple[float, float]:
+        share = c["accuracy"]
+        return 100 * share, 100 * math.sqrt(share * (1 - share) / images)
+
+    values, errors = zip(*map(percent, alone), strict=True)
+    depths = [c["depth"] for c in alone]
+    style = {"marker": "o", "markersize": 6, "capsize": 3, "linewidth": 1.5, "elinewidth": 1}
+    ax.errorbar(depths, values, yerr=errors, color=FUSED, label="each column alone", **style)
+    value, error = percent(full)
+    aside = full["depth"] * 1.06  # beside the deepest column, which is as deep
+    ax.errorbar([aside], [value], yerr=[error], color=FULL, label="full network", **(style | {"marker": "s"}))
+    ax.axhline(value, color=FULL, linewidth=0.8, linestyle=(0, (4, 4)))
+    for depth, share, ha in [*zip(depths, values, ["right"] * len(depths), strict=True), (aside, value, "left")]:
+        shift = -7 if ha == "right" else 7
+        place = {"textcoords": "offset points", "ha": ha, "va": "bottom", "fontsize": 9}
+        ax.annotate(f"{share:.1f} %", (depth, share), (shift, 4), **place)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(depths, [str(d) for d in depths])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(depths[0] / 1.4, depths[-1] * 1.4)
+    ax.set_xlabel("depth (convolutions)")
+    ax.set_ylabel("hold-out accuracy (%)")
+    ax.set_title("Accuracy against depth")
+    ax.legend(frameon=False, title=f"{images} hold-out images,\n± standard error", title_fontsize=9, alignment="left")
+    return png(drawn)
+
+
+def steps(measured: dict[str, Any]) -> bytes:
+    """Time of a training step and bytes saved for backward, fused and eager."""
+    drawn, axes = figure(7, 3.6, panels=2)
+    names = [name for name in ("fused", "eager") if name in measured]
+    panels = (
+        ("ms", 1.0, "time per step (ms)", "Training step", "speedup", "{:.1f}x as fast"),
+        ("saved_bytes", 1e-6, "saved for backward (MB)", "Memory of a step", "saved_share", "{:.2f}x the bytes"),
+    )
+    for ax, (key, unit, label, title, ratio, words) in zip(axes, panels, strict=True):
+        values = [unit * measured[name][key] for name in names]
+        bars = ax.bar(names, values, color=[{"fused": FUSED, "eager": EAGER}[name] for name in names], width=0.6)
+        ax.bar_label(bars, fmt="%.1f" if max(values) >= 10 else "%.2f", padding=2)
+        ax.set_ylim(0, 1.15 * max(values))
+        ax.set_ylabel(label)
+        ax.set_title(f"{title}: {words.format(measured[ratio])}" if ratio in measured else title, fontsize=11)
+        ax.grid(visible=False, axis="x")
+    turn = ", measured in turn" if len(names) > 1 else ""
+    drawn.supxlabel(
+        f"batch of {measured['batch_size']}; time: drop-path mixture{turn}; memory: nothing dropped", fontsize=9
+    )
+    return png(drawn)

@@ -1,0 +1,118 @@
+"""What is available, what the report says, and the library without its extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import fractal_kernels
+from fractal_kernels import available_backends, backends, info
+
+BLOCK = """
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "fractal_kernels._C":
+            raise {error}
+
+sys.meta_path.insert(0, Block())
+import torch
+import fractal_kernels as fk
+"""
+MISSING = BLOCK.format(error="ModuleNotFoundError('No module named fractal_kernels._C', name=name)")
+BROKEN = BLOCK.format(error="ImportError('undefined symbol: aoti_torch_x')")
+
+
+def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, **env}
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, *args] if code else [sys.executable, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_available_backends(cpu_backend):
+    assert available_backends() == ("cpu", "reference")
+    assert all(not backends.why_not(name) for name in available_backends())
+
+
+def test_report(cpu_backend):
+    report = info.report()
+    for words in (
+        f"fractal_kernels {fractal_kernels.__version__}",
+        f"torch {torch.__version__}",
+        "extension: compiler ",
+        "torch_target 2.11",
+        "backend cpu: available",
+        "backend reference: available",
+    ):
+        assert words in report
+
+
+def test_report_as_a_command(cpu_backend):
+    done = python("", "-m", "fractal_kernels.info")
+    assert done.returncode == 0 and "backend cpu: available" in done.stdout, done.stderr
+
+
+def test_build_info(cpu_backend):
+    module, problem = backends.extension()
+    assert module is not None and problem == ""
+    build = module.build_info()
+    assert {"compiler", "torch_target", "torch_built_against", "simd", "cuda"} <= set(build)
+    assert "baseline" in build["simd"]
+
+
+def test_public_names():
+    for name in fractal_kernels.__all__:
+        assert getattr(fractal_kernels, name).__doc__, name
+
+
+WORKS = """
+from fractal_kernels import info
+assert fk.available_backends() == ("reference",)
+ys = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2)]
+fk.masked_mean_join(ys, torch.tensor([True, False])).sum().backward()
+fk.bn_relu_join(ys, None, None, None, None, training=True, pool="before").sum().backward()
+fk.ConvBNReLU(3, 4)(ys[0]).sum().backward()
+torch.compile(fk.masked_mean_join, backend="aot_eager", fullgraph=True)(ys)
+report = info.report()
+print(report)
+assert "extension: missing: " in report and "backend cpu: unavailable: " in report
+assert "backend reference: available" in report and "FRACTAL_BUILD=cpu pip install" in report
+try:
+    fk.masked_mean_join(ys, backend="cpu")
+except fk.BackendUnavailable as error:
+    assert "masked_mean_join: expected backend" in str(error) and "FRACTAL_BUILD=cpu pip install" in str(error)
+else:
+    raise SystemExit("a named backend fell back")
+print("works")
+"""
+
+
+def test_without_the_extension():
+    done = python(MISSING + WORKS)
+    assert done.returncode == 0 and "works" in done.stdout, done.stderr
+    assert "was not built" in done.stdout and "C++ compiler" in done.stdout
+
+
+def test_with_an_extension_that_does_not_load():
+    """Built against another PyTorch: the linker's words, and what to do."""
+    done = python(BROKEN + WORKS)
+    assert done.returncode == 0 and "works" in done.stdout, done.stderr
+    assert "does not load (undefined symbol: aoti_torch_x)" in done.stdout and "rebuild it" in done.stdout
+
+
+def test_environment_names_a_missing_backend():
+    code = MISSING + "fk.masked_mean_join([torch.ones(1, 1)])"
+    done = python(code, FRACTAL_BACKEND="cpu")
+    assert done.returncode == 1 and "BackendUnavailable: masked_mean_join: expected FRACTAL_BACKEND" in done.stderr
+    assert python(code, FRACTAL_BACKEND="reference").returncode == 0
+
+
+def test_import_is_quiet():
+    done = python("import fractal_kernels")
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == ""

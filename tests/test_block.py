@@ -1,0 +1,265 @@
+"""The block against a brute-force expansion of the recursive rule, and skipping against dense execution, in fp64."""
+
+import fractalnet
+import pytest
+import torch
+import torch.nn.functional as F
+from fractalnet.drop_path import Path, column_path, full_path, sample_path
+
+import fractal_kernels as fk
+from fractal_kernels.block import fractal_block
+
+
+def brute_force(block, x, keep, training=True):
+    """f_C by its recursive definition, from views of single units, plain PyTorch and autograd."""
+    columns = block.columns
+
+    def alive(row, column):
+        m = keep[row, column]
+        return m if m.dim() == 0 else m.view(-1, 1, 1, 1)
+
+    def conv(z, column, step):
+        u = block.unit(column, step)
+        y = F.conv2d(z, u.weight, u.conv_bias, padding=1)
+        mean, var = (y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)) if training else (u.running_mean, u.running_var)
+        y = (y - mean.view(1, -1, 1, 1)) / (var + block.eps).sqrt().view(1, -1, 1, 1)
+        if u.gamma is not None:
+            y = y * u.gamma.view(1, -1, 1, 1) + u.beta.view(1, -1, 1, 1)
+        return y.relu()
+
+    def join(branches, row):
+        kept = torch.stack([torch.where(alive(row, c), b, 0) for c, b in branches]).sum(0)
+        return kept / sum(alive(row, c).to(x.dtype) for c, _ in branches).clamp(min=1)
+
+    def branches(level, z, row):
+        span = 2 ** (level - 1)
+        out = [(columns - level, conv(z, columns - level, row // span))]
+        if level > 1:
+            middle = row + span // 2
+            out += branches(level - 1, join(branches(level - 1, z, row), middle - 1), middle)
+        return out
+
+    last = branches(columns, x, 0)
+    if block.pool == "before":
+        return join([(c, F.max_pool2d(b, 2)) for c, b in last], 2 ** (columns - 1) - 1)
+    return F.max_pool2d(join(last, 2 ** (columns - 1) - 1), 2)
+
+
+def make_net(columns, seed, **kwargs):
+    torch.manual_seed(seed)
+    net = fractalnet.FractalNet(5, columns, (4, 6), image_size=8, **kwargs).double()
+    with torch.no_grad():
+        for block in net.blocks:
+            for p in (block.gamma, block.beta, block.conv_bias, block.running_mean):
+                if p is not None:
+                    p.add_(torch.randn_like(p) * 0.3)
+            block.running_var.add_(torch.rand_like(block.running_var))
+    return net
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["full", "column", "local", "sample"])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_against_the_recursive_rule(backend, columns, kind, training):
+    pool = "before_join" if columns % 2 else "after_join"
+    net = make_net(columns, columns, pool_order=pool, conv_bias=columns > 2).train(training)
+    block = net.blocks[0]
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    path = {
+        "full": full_path(1, columns),
+        "column": column_path(1, columns, columns // 2),
+        "local": sample_path(1, columns, 3, local_drop=0.5, global_ratio=0.0),
+        "sample": sample_path(1, columns, 3, local_drop=0.5, global_ratio=0.4, granularity="sample"),
+    }[kind]
+    expected = brute_force(block, x, path.keep[0], training)
+    grad = torch.randn_like(expected)
+    inputs = [x, *block.parameters()]
+    want = torch.autograd.grad(expected, inputs, grad, allow_unused=True)
+    with fk.use_backend(backend):
+        out = block(x, path.keep[0], torch.tensor(0))
+        got = torch.autograd.grad(out, inputs, grad)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-8, atol=1e-9)
+
+
+def run(net, x, target, path, dense):
+    net.zero_grad()
+    x.grad = None
+    loss = F.cross_entropy(net(x, path=path, dense=dense), target)
+    loss.backward()
+    return [loss.detach(), x.grad, *(p.grad for p in net.parameters()), *(b.clone() for b in net.buffers())]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4, 5])
+def test_skipping_equals_dense(columns):
+    """Loss, gradients (zeros where dead) and running statistics, over random paths of both kinds."""
+    net = make_net(columns, columns, bn_affine=columns != 4)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 1, 2])
+    generator = torch.Generator().manual_seed(columns)
+    skipped_any = False
+    for _ in range(8):
+        path = net.sample_path(3, generator)
+        start = {k: v.clone() for k, v in net.state_dict().items()}
+        skipped = run(net, x, target, path, dense=False)
+        net.load_state_dict(start)
+        dense = run(net, x, target, path, dense=True)
+        for a, b in zip(skipped, dense, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        skipped_any |= any(bool((p.grad == 0).all(dim=(1, 2, 3)).any()) for p in net.blocks[0].weights)
+    assert skipped_any
+
+
+def test_split_convs_equal_wide(monkeypatch):
+    """The rule that chooses between one wide conv and one per column does not change results."""
+    from fractal_kernels import block_ops
+
+    net = make_net(3, 0)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    for wide in (True, False):
+        net.load_state_dict(start)
+        monkeypatch.setattr(block_ops, "wide_is_faster", lambda *_, wide=wide: wide)
+        results.append(run(net, x, torch.tensor([0, 1, 2]), full_path(2, 3), dense=False))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_dead_units_keep_their_statistics_and_sets_are_separate():
+    net = make_net(2, 1)
+    block, x = net.blocks[0], torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    before = block.running_mean.clone()
+    net(x, column=1)
+    after = block.running_mean
+    assert torch.equal(after[0], before[0])  # the full network's set
+    assert torch.equal(after[1, 0], before[1, 0])  # column 0 did not run
+    assert not torch.equal(after[1, 1:], before[1, 1:])
+    before = block.running_mean.clone()
+    net(x, path=full_path(2, 2))
+    assert torch.equal(block.running_mean[1], before[1])
+    assert (block.running_mean[0] != before[0]).all()
+
+
+def test_running_statistics_are_batch_norms():
+    for momentum in (0.3, None):
+        net = fractalnet.FractalNet(5, 1, (4,), image_size=8, momentum=momentum, split_stats=False).double()
+        bn = torch.nn.BatchNorm2d(4, momentum=momentum).double()
+        for _ in range(3):
+            x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+            net(x, path=full_path(1, 1))
+            bn(F.conv2d(x, net.blocks[0].unit(0, 0).weight, padding=1))
+        torch.testing.assert_close(net.blocks[0].running_mean[0, 0], bn.running_mean)
+        torch.testing.assert_close(net.blocks[0].running_var[0, 0], bn.running_var)
+
+
+def test_gradcheck(backend):
+    torch.manual_seed(0)
+    w = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 2, 3, 3), (2, 2, 3, 3))]
+    gamma, beta = (torch.rand(3, 2, dtype=torch.float64).add(0.5).requires_grad_() for _ in range(2))
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    path = full_path(1, 2).keep[0]
+
+    def f(x, gamma, beta, *w):
+        return fractal_block(x, w, gamma, beta, path, backend=backend).out
+
+    assert torch.autograd.gradcheck(f, (x, gamma, beta, *w), atol=1e-6)
+
+
+def test_dropout_is_between_conv_and_norm_and_repeats():
+    net = make_net(2, 2, dropout=(0.5, 0.0))
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for dense in (False, False):
+        torch.manual_seed(7)
+        results.append(torch.autograd.grad(net(x, path=full_path(2, 2), dense=dense).sum(), x)[0])
+    assert torch.equal(*results)
+    torch.manual_seed(8)
+    assert not torch.equal(results[0], torch.autograd.grad(net(x, path=full_path(2, 2)).sum(), x)[0])
+
+    # Numerically: a fixed dropout mask makes the loss a smooth function of the input.
+    def loss(z):
+        torch.manual_seed(7)
+        return net(z, path=full_path(2, 2)).square().sum()
+
+    direction = torch.randn_like(x)
+    slope = (torch.autograd.grad(loss(x), x)[0] * direction).sum()
+    numeric = (loss(x + 1e-6 * direction) - loss(x - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(slope, numeric, rtol=1e-4, atol=1e-5)
+
+
+def test_repeats_are_bit_identical():
+    torch.manual_seed(0)
+    net = fractalnet.create("fractal_c3")
+    x, path = torch.randn(4, 3, 32, 32), net.sample_path(4)
+    grads = [torch.autograd.grad(net(x, path=path).sum(), list(net.blocks[0].parameters())) for _ in range(2)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_block_takes_paths_as_data():
+    from torch._dynamo.testing import CompileCounter
+
+    net = make_net(3, 3)
+    x, target = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2])
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.compile(net, backend=counter, fullgraph=True)(x, path=full_path(2, 3))
+    first = counter.frame_count
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for path in (full_path(2, 3), column_path(2, 3, 0), column_path(2, 3, 2), net.sample_path(3), net.sample_path(3)):
+        compiled(x, path=path)
+    assert counter.frame_count == first
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    for path in (full_path(2, 3), column_path(2, 3, 1), sample_path(2, 3, 3, local_drop=0.5, global_ratio=0)):
+        results = []
+        for f in (net, compiled):
+            net.load_state_dict(start)
+            net.zero_grad()
+            x.grad = None
+            loss = F.cross_entropy(f(x, path=path), target)
+            loss.backward()
+            results.append(
+                [loss.detach(), x.grad, *(p.grad for p in net.parameters()), *map(torch.clone, net.buffers())]
+            )
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_opcheck():
+    s = (torch.randn(4, 3, 3, 3), torch.randn(2, 2, 3, 3))
+    x, vector = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.rand(3, 2) + 0.5
+    weights = [w.to(memory_format=torch.channels_last) for w in s]
+    path = full_path(1, 2).keep[0]
+    forward = torch.ops.fractal_kernels.block_forward
+    options = (False, 0.0, 1e-5, 10)
+    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, "cpu")
+    torch.library.opcheck(forward, arguments)
+    out, _, mean, var, *saved = forward(*arguments)
+    backward = torch.ops.fractal_kernels.block_backward
+    tail = (False, True, True, *options, True, "cpu")
+    torch.library.opcheck(backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, path, saved, *tail))
+
+
+def test_errors():
+    w = [torch.randn(4, 3, 3, 3), torch.randn(2, 2, 3, 3)]
+    x, path = torch.randn(2, 3, 4, 4), full_path(1, 2).keep[0]
+    with pytest.raises(ValueError, match=r"fractal_block: expected weights of 2\*\*\(C-1\) rows, C from 1 to 8, got 3"):
+        fractal_block(x, [*w, w[1]], None, None, path)
+    with pytest.raises(ValueError, match=r"fractal_block: expected weights\[0\] of shape \[4, 5, 3, 3\], got \[4, 3"):
+        fractal_block(torch.randn(2, 5, 4, 4), w, None, None, path)
+    with pytest.raises(ValueError, match=r"fractal_block: expected path bool of shape \[2, 2\] or \[2, 2, 2\], got"):
+        fractal_block(x, w, None, None, path[:1])
+    with pytest.raises(ValueError, match=r"fractal_block: expected gamma of shape \[3, 2\], got \[2\]"):
+        fractal_block(x, w, torch.ones(2), None, path)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fractal_block(torch.randn(1, 3, 1, 1), w, None, None, path, pool=None)
+    with pytest.raises(ValueError, match="expected the path to keep a branch of the join of row 1, got none"):
+        fractal_block(x, w, None, None, torch.zeros_like(path))
+    with pytest.raises(TypeError, match=r"fractal_block: expected x of dtype .* got int64"):
+        fractal_block(x.long(), w, None, None, path)
+    with pytest.raises(ValueError, match=r"Path: expected keep bool"):
+        Path(torch.ones(2, 2))

@@ -1,0 +1,254 @@
+"""Wrong calls: the type of the error, and a message with the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fractal_kernels as fk
+from fractal_kernels import backends
+
+Y = torch.randn(2, 4, 6, 6)
+YS = [Y, Y.clone()]
+V, W3 = torch.ones(4), torch.ones(3)
+CONV = torch.randn(5, 4, 3, 3)
+NONE4 = (None, None, None, None)
+
+
+def join(inputs=YS, weights=None, biases=None, means=None, variances=None, mask=None, training=False, **kwargs):
+    return fk.bn_relu_join(inputs, weights, biases, means, variances, mask, training, **kwargs)
+
+
+def conv(x=Y, weight=CONV, w=None, b=None, mean=None, var=None, **kwargs):
+    return fk.conv_bn_relu(x, weight, w, b, mean, var, True, **kwargs)
+
+
+def norm(x=Y, w=None, b=None, mean=None, var=None, training=True, **kwargs):
+    return fk.bn_relu(x, w, b, mean, var, training, **kwargs)
+
+
+JOINS = {"masked_mean_join": fk.masked_mean_join, "bn_relu_join": join}
+COMMON = [  # of both joins
+    (lambda f: f(Y), TypeError, ["inputs", "list or tuple", "got Tensor"]),
+    (lambda f: f(None), TypeError, ["inputs", "got NoneType"]),
+    (lambda f: f([]), ValueError, ["1 to 8 inputs", "got 0"]),
+    (lambda f: f([Y] * 9), ValueError, ["1 to 8 inputs", "got 9"]),
+    (lambda f: f([Y, 3.0]), TypeError, ["inputs[1]", "Tensor", "got float"]),
+    (lambda f: f([Y, Y.int()]), TypeError, ["inputs[1]", "float32", "got int32"]),
+    (lambda f: f([Y.to(torch.complex64)]), TypeError, ["inputs[0]", "got complex64"]),
+    (lambda f: f([torch.ones(3)]), ValueError, ["inputs[0]", "[N, C, *]", "got [3]"]),
+    (lambda f: f([Y, Y[:, :3]]), ValueError, ["inputs[1]", "[2, 4, 6, 6]", "got [2, 3, 6, 6]"]),
+    (lambda f: f([Y, Y[:1]]), ValueError, ["inputs[1]", "[2, 4, 6, 6]", "got [1, 4, 6, 6]"]),
+    (lambda f: f([Y, Y.to("meta")]), ValueError, ["inputs[1]", "cpu", "got meta"]),
+    (lambda f: f([Y, Y.double()]), TypeError, ["one dtype", "float32", "float64"]),
+    (lambda f: f(YS, mask=[True, False]), TypeError, ["mask", "Tensor", "got list"]),
+    (lambda f: f(YS, mask=torch.ones(3, dtype=torch.bool)), ValueError, ["mask", "[2]", "[2, 2]", "got [3]"]),
+    (lambda f: f(YS, mask=torch.ones(2, 3, dtype=torch.bool)), ValueError, ["mask", "[2, 2]", "got [2, 3]"]),
+    (lambda f: f(YS, mask=torch.ones(2, 2, 1)), ValueError, ["mask", "[2, 2]", "got [2, 2, 1]"]),
+    (lambda f: f(YS, mask=torch.ones(2, dtype=torch.complex64)), TypeError, ["mask", "bool", "got complex64"]),
+    (lambda f: f(YS, mask=torch.ones(2, device="meta")), ValueError, ["mask", "cpu", "got meta"]),
+    (lambda f: f(YS, backend="gpu"), fk.BackendUnavailable, ["backend", "cpu, reference", "got 'gpu'"]),
+    (lambda f: f(YS, backend=1), fk.BackendUnavailable, ["backend", "got 1"]),
+    (lambda f: f([Y.to("meta")], backend="cpu"), fk.BackendUnavailable, ["backend", "'cpu'", "meta", "reference"]),
+]
+RUNNING = dict(means=[V, V], variances=[V, V])
+BN_RELU_JOIN = [
+    (lambda: join(weights=V), TypeError, ["weights", "list of Tensors or None", "got Tensor"]),
+    (lambda: join(weights=[V]), ValueError, ["weights", "one entry per input (2)", "got 1"]),
+    (lambda: join(biases=[V, V, V]), ValueError, ["biases", "one entry per input (2)", "got 3"]),
+    (lambda: join(weights=[V, W3]), ValueError, ["weights[1]", "[C]=[4]", "got [3]"]),
+    (lambda: join(biases=[V.view(1, 4), V]), ValueError, ["biases[0]", "[C]=[4]", "got [1, 4]"]),
+    (lambda: join(weights=[V, 1.0]), TypeError, ["weights[1]", "Tensor", "got float"]),
+    (lambda: join(weights=[V.long(), V]), TypeError, ["weights[0]", "float32", "got int64"]),
+    (lambda: join(weights=[V, V.to("meta")]), ValueError, ["weights[1]", "cpu", "got meta"]),
+    (lambda: join(means=[V, V]), ValueError, ["running_means and running_vars", "mixture"]),
+    (lambda: join(means=[V, None], variances=[V, None]), ValueError, ["running_means and running_vars", "mixture"]),
+    (lambda: join(means=[V, W3], variances=[V, V]), ValueError, ["running_means[1]", "[C]=[4]", "got [3]"]),
+    (lambda: join(means=[V, V], variances=[V, W3]), ValueError, ["running_vars[1]", "[C]=[4]", "got [3]"]),
+    (lambda: join(reduction="max"), ValueError, ["reduction", "'mean', 'sum'", "got 'max'"]),
+    (lambda: join(activation="gelu"), ValueError, ["activation", "'none', 'branch', 'output'", "got 'gelu'"]),
+    (lambda: join(activation=None), ValueError, ["activation", "got None"]),
+    (lambda: join(pool="max"), ValueError, ["pool", "None, 'before', 'after'", "got 'max'"]),
+    (lambda: join(stats="some"), ValueError, ["stats", "'all', 'live'", "got 'some'"]),
+    (lambda: join(reduction=["mean"]), ValueError, ["reduction", "got ['mean']"]),
+    (lambda: join([torch.ones(2, 3, 4)], pool="before"), ValueError, ["pool", "[N, C, H, W]", "got [2, 3, 4]"]),
+    (lambda: join([torch.ones(2, 3, 1, 4)], pool="after"), ValueError, ["pool", "H, W >= 2", "got [2, 3, 1, 4]"]),
+    (lambda: join(eps=-1.0), ValueError, ["eps >= 0", "got -1.0"]),
+    (lambda: join(eps=float("nan")), ValueError, ["eps >= 0", "got nan"]),
+    (lambda: join(eps="1e-5"), TypeError, ["eps", "number", "got str"]),
+    (lambda: join(**RUNNING, training=True, momentum=None), TypeError, ["momentum", "got NoneType"]),
+    (lambda: join(**RUNNING, training=True, momentum="0.1"), TypeError, ["momentum", "got str"]),
+    (lambda: join(**RUNNING, training=True, momentum=torch.ones(3)), ValueError, ["momentum", "got [3]"]),
+    (lambda: join(**RUNNING, training=True, momentum=1.5), ValueError, ["momentum", "got 1.5"]),
+    (
+        lambda: join([Y[:1, :, :1, :1]], training=True),
+        ValueError,
+        ["more than 1 value per channel", "got", "[1, 4, 1, 1]"],
+    ),
+]
+BN_RELU = [
+    (lambda: norm([Y]), TypeError, ["x", "Tensor", "got list"]),
+    (lambda: norm(Y.long()), TypeError, ["x", "float32", "got int64"]),
+    (lambda: norm(V), ValueError, ["x", "[N, C, *]", "got [4]"]),
+    (lambda: norm(w=W3), ValueError, ["weight", "[C]=[4]", "got [3]"]),
+    (lambda: norm(b=W3), ValueError, ["bias", "[C]=[4]", "got [3]"]),
+    (lambda: norm(w=1.0), TypeError, ["weight", "Tensor", "got float"]),
+    (lambda: norm(mean=V, var=W3), ValueError, ["running_var", "[C]=[4]", "got [3]"]),
+    (lambda: norm(mean=V), ValueError, ["running_mean and running_var", "both or neither", "got one"]),
+    (lambda: norm(eps=-0.1), ValueError, ["eps >= 0", "got -0.1"]),
+    (lambda: norm(mean=V.clone(), var=V.clone(), momentum=None), TypeError, ["momentum", "got NoneType"]),
+    (lambda: norm(backend="triton5"), fk.BackendUnavailable, ["backend", "got 'triton5'"]),
+    (lambda: norm(Y[:1, :, :1, :1]), ValueError, ["more than 1 value per channel", "[1, 4, 1, 1]"]),
+]
+CONV_BN_RELU = [
+    (lambda: conv(None), TypeError, ["x", "Tensor", "got NoneType"]),
+    (lambda: conv(Y[0]), ValueError, ["x", "[N, C, H, W]", "got [4, 6, 6]"]),
+    (lambda: conv(weight=CONV[:, :3]), ValueError, ["conv_weight", "C_in=4", "got [5, 3, 3, 3]"]),
+    (lambda: conv(weight=CONV[0]), ValueError, ["conv_weight", "got [4, 3, 3]"]),
+    (lambda: conv(weight=CONV.long()), TypeError, ["conv_weight", "got int64"]),
+    (lambda: conv(weight=CONV.double()), TypeError, ["conv_weight", "float32", "float64"]),
+    (lambda: conv(weight=CONV.to("meta")), ValueError, ["conv_weight", "cpu", "got meta"]),
+    (lambda: conv(conv_bias=V), ValueError, ["conv_bias", "[C_out]=[5]", "got [4]"]),
+    (lambda: conv(conv_bias=1.0), TypeError, ["conv_bias", "Tensor", "got float"]),
+    (lambda: conv(conv_bias=torch.ones(5).double()), TypeError, ["conv_bias", "float32", "float64"]),
+    (lambda: conv(w=V), ValueError, ["weight", "[C]=[5]", "got [4]"]),
+    (lambda: conv(groups=3), ValueError, ["conv_weight", "groups=3"]),
+    (lambda: conv(weight=CONV[:, :2], groups=2), ValueError, ["groups", "got"]),
+    (lambda: conv(groups=0), ValueError, ["groups", "0"]),
+    (lambda: conv(stride=0), ValueError, ["stride", "got 0"]),
+    (lambda: conv(dilation=0), ValueError, ["dilation", "got 0"]),
+    (lambda: conv(padding=-1), ValueError, ["padding", "got -1"]),
+    (lambda: conv(padding="wide"), ValueError, ["padding", "got 'wide'"]),
+    (lambda: conv(stride="2"), TypeError, ["stride", "got str"]),
+    (lambda: conv(Y[..., :1, :1], padding=0), ValueError, ["x", "3", "got [2, 4, 1, 1]"]),
+    (lambda: conv(backend="gpu"), fk.BackendUnavailable, ["backend", "got 'gpu'"]),
+]
+DROP_PATH_MASK = [
+    (lambda: fk.drop_path_mask(0, 0.5), ValueError, ["num_branches", "1 to 8", "got 0"]),
+    (lambda: fk.drop_path_mask(9, 0.5), ValueError, ["num_branches", "1 to 8", "got 9"]),
+    (lambda: fk.drop_path_mask(3, -0.1), ValueError, ["p in [0, 1]", "got -0.1"]),
+    (lambda: fk.drop_path_mask(3, 1.1), ValueError, ["p in [0, 1]", "got 1.1"]),
+    (lambda: fk.drop_path_mask(3, float("nan")), ValueError, ["p in [0, 1]", "got nan"]),
+    (lambda: fk.drop_path_mask(3, 0.5, -1), ValueError, ["batch_size", "got -1"]),
+]
+MODULES = [
+    ("DropPathJoin", lambda: fk.DropPathJoin(1.5), ValueError, ["p in [0, 1]", "got 1.5"]),
+    ("DropPathJoin", lambda: fk.DropPathJoin(0.1, "pixel"), ValueError, ["granularity", "'batch'", "got 'pixel'"]),
+    ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4)([Y]), ValueError, ["expected 2 inputs", "got 1"]),
+    ("BNReLUJoin", lambda: fk.BNReLUJoin(0, 4), ValueError, ["num_branches", "1 to 8", "got 0"]),
+    ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4, pool="max"), ValueError, ["pool", "got 'max'"]),
+    ("fuse", lambda: fk.fuse("model"), TypeError, ["model", "torch.nn.Module", "got str"]),
+]
+FUNCTIONS = {
+    "bn_relu_join": BN_RELU_JOIN,
+    "bn_relu": BN_RELU,
+    "conv_bn_relu": CONV_BN_RELU,
+    "drop_path_mask": DROP_PATH_MASK,
+}
+CALLS = [(op, lambda f=f, op=op: f(JOINS[op]), error, words) for op in JOINS for f, error, words in COMMON]
+CALLS += [(op, *call) for op, calls in FUNCTIONS.items() for call in calls]
+CALLS += MODULES
+
+
+@pytest.mark.parametrize(
+    ("op", "call", "error", "words"), CALLS, ids=[f"{i}-{op}-{words[0]}" for i, (op, _, _, words) in enumerate(CALLS)]
+)
+def test_wrong_call(op, call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    # conv_bn_relu is a composition: what bn_relu finds, it may report in its own name
+    assert message.startswith(f"{op}: ") or (op == "conv_bn_relu" and message.startswith("bn_relu: ")), message
+    for word in ("expected", *words):
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def test_a_wrong_call_changes_nothing():
+    mean, var = torch.zeros(4), torch.ones(4)
+    for bad in (dict(backend="gpu"), dict(eps=-1.0), dict(pool="max")):
+        with pytest.raises((ValueError, fk.BackendUnavailable)):
+            join([Y], means=[mean], variances=[var], training=True, **bad)
+    assert (mean == 0).all() and (var == 1).all()
+
+
+# --- dispatch ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends whose launchers were asked for."""
+    names: list[str] = []
+    launcher = backends.launcher
+    monkeypatch.setattr(backends, "launcher", lambda name: names.append(name) or launcher(name))
+    monkeypatch.delenv("FRACTAL_BACKEND", raising=False)
+    return names
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "extension", lambda: (None, "it was not built; do this"))
+    monkeypatch.delenv("FRACTAL_BACKEND", raising=False)
+
+
+def test_precedence(ran, cpu_backend, monkeypatch):
+    def used(**kwargs) -> str:
+        ran.clear()
+        fk.masked_mean_join(YS, **kwargs)
+        return ran[-1]
+
+    assert used() == "cpu"
+    monkeypatch.setenv("FRACTAL_BACKEND", "reference")
+    assert used() == "reference" and used(backend="cpu") == "cpu"
+    with fk.use_backend("cpu"):
+        assert used() == "cpu" and used(backend="reference") == "reference"
+        with fk.use_backend("reference"):
+            assert used() == "reference"
+        assert used() == "cpu"
+    assert used() == "reference"
+    monkeypatch.setenv("FRACTAL_BACKEND", "")
+    assert used() == "cpu"
+
+
+def test_backward_runs_where_forward_ran(ran, cpu_backend):
+    y = Y.clone().requires_grad_()
+    with fk.use_backend("reference"):
+        out = join([y], training=True)
+    out.sum().backward()
+    assert set(ran) == {"reference"}
+
+
+def test_use_backend_is_undone_by_an_exception():
+    with pytest.raises(KeyError), fk.use_backend("reference"):
+        raise KeyError
+    assert not backends._override
+
+
+def test_unknown_backends(monkeypatch):
+    with pytest.raises(fk.BackendUnavailable, match="use_backend: expected name one of cpu, reference, got 'x'"):
+        with fk.use_backend("x"):
+            pass
+    monkeypatch.setenv("FRACTAL_BACKEND", "x")
+    with pytest.raises(fk.BackendUnavailable, match="expected FRACTAL_BACKEND one of cpu, reference, got 'x'"):
+        fk.masked_mean_join(YS)
+
+
+def test_named_backend_never_falls_back(ran, no_extension, monkeypatch):
+    assert fk.available_backends() == ("reference",)
+    for op, call in (
+        ("masked_mean_join", lambda **k: fk.masked_mean_join(YS, **k)),
+        ("bn_relu_join", lambda **k: join(**k)),
+        ("bn_relu", lambda **k: norm(**k)),
+    ):
+        with pytest.raises(fk.BackendUnavailable, match=f"{op}: expected backend .* got 'cpu': it was not built"):
+            call(backend="cpu")
+        with monkeypatch.context() as patch:
+            patch.setenv("FRACTAL_BACKEND", "cpu")
+            with pytest.raises(fk.BackendUnavailable, match=f"{op}: expected FRACTAL_BACKEND .* it was not built"):
+                call()
+        assert not ran
+        call()
+        assert set(ran) == {"reference"}  # automatic may fall back
+        ran.clear()
+    with pytest.raises(fk.BackendUnavailable, match="use_backend: expected name .* got 'cpu': it was not built"):
+        with fk.use_backend("cpu"):
+            pass

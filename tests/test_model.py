@@ -1,0 +1,163 @@
+"""FractalNet: parameter counts, paths, columns, extraction, statistics."""
+
+import fractalnet
+import pytest
+import torch
+from fractalnet.drop_path import Path, column_path, full_path, sample_path
+
+ULTRA = {1: 258_292, 2: 847_716, 3: 2_125_204, 4: 4_778_820, 5: 10_183_684, 6: 21_091_044}
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("columns", range(1, 7))
+def test_parameters_of_the_supporting_experiments(columns):
+    model = fractalnet.create(f"fractal_c{columns}")
+    millions = {1: 0.26, 2: 0.85, 3: 2.13, 4: 4.78, 5: 10.18, 6: 21.10}[columns]
+    assert round(count(model) / 1e6, 2) == pytest.approx(millions, abs=0.006)
+    assert model.depth() == 5 * 2 ** (columns - 1)
+
+
+def test_parameters_of_the_20_layer_net():
+    assert count(fractalnet.create("fractalnet20")) == 33_724_618
+    assert count(fractalnet.create("fractalnet20", num_classes=100)) == 33_770_788
+    assert fractalnet.create("fractalnet20").depth() == 20
+
+
+def test_names():
+    assert fractalnet.list_models() == sorted(["fractalnet20", *(f"fractal_c{c}" for c in range(1, 7))])
+    with pytest.raises(ValueError, match="create: expected name one of fractal_c1, .*, got 'resnet'"):
+        fractalnet.create("resnet")
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+@pytest.mark.parametrize("split", [True, False])
+def test_extracted_column_is_the_column(column, split):
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8, split_stats=split, conv_bias=True, dropout=(0.1, 0.2))
+    for _ in range(6):
+        net(torch.randn(8, 3, 8, 8))
+    net.eval()
+    plain = net.extract_column(column)
+    assert all(type(m).__module__.startswith("torch.nn") for m in plain.modules())
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(plain(x), net(x, column=column), rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in plain.modules()) == net.depth(column)
+    before = plain(x)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    assert torch.equal(plain(x), before)  # a copy
+
+
+def test_anytime():
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8).eval()
+    x = torch.randn(2, 3, 8, 8)
+    answers = list(net.anytime(x))
+    assert [(c, d) for c, d, _ in answers] == [(0, 2), (1, 4), (2, 8)]
+    for column, _, logits in answers:
+        torch.testing.assert_close(logits, net(x, column=column))
+
+
+def test_unit_is_a_view():
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8)
+    unit = net.blocks[1].unit(1, 1)
+    assert unit.weight.shape == (6, 6, 3, 3)
+    with torch.no_grad():
+        unit.weight.fill_(3.0)
+        unit.gamma.fill_(5.0)
+    assert sum(float((w == 3.0).sum()) for w in net.blocks[1].weights) == 6 * 6 * 9
+    assert float((net.blocks[1].gamma == 5.0).sum()) == 6
+    with pytest.raises(ValueError, match="unit: expected c < 3 and j"):
+        net.blocks[0].unit(0, 1)
+
+
+def test_paths():
+    generator = torch.Generator().manual_seed(0)
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8)
+    columns = []
+    for _ in range(400):
+        path = net.sample_path(4, generator)
+        columns.append(path.column)
+        assert bool(path.keep[:, -1].any(-1).all())
+    share = sum(c is not None for c in columns) / 400
+    assert abs(share - 0.5) < 0.08
+    assert {c for c in columns if c is not None} == {0, 1, 2}
+    again = net.sample_path(4, torch.Generator().manual_seed(3))
+    assert torch.equal(again.keep, net.sample_path(4, torch.Generator().manual_seed(3)).keep)
+
+
+def test_local_rate_and_survivors():
+    path = sample_path(1, 3, 5000, local_drop=0.4, global_ratio=0.0, granularity="sample")
+    last = path.keep[0, -1]  # all three columns meet
+    assert bool(last.any(0).all())
+    kept = float(last.float().mean())
+    assert abs(kept - (0.6 + 0.4**3 / 3)) < 0.02
+    assert bool(sample_path(2, 3, 4, local_drop=1.0, global_ratio=0.0).keep[:, -1].sum(-1).eq(1).all())
+
+
+def test_global_samples_keep_one_column_everywhere():
+    path = sample_path(4, 3, 10, local_drop=0.15, global_ratio=0.5, granularity="sample")
+    alone = path.keep[..., 5:]
+    used = alone.any(dim=1)  # [B, C, N]: the columns that a sample uses in each block
+    assert bool((used.sum(1) == 1).all())
+    assert bool((used == used[:1]).all())  # the same one in every block
+
+
+def test_sample_granularity_trains_with_one_set():
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8, granularity="sample")
+    assert net.blocks[0].running_mean.shape[0] == 1
+    loss = net(torch.randn(6, 3, 8, 8)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+    assert net.eval()(torch.randn(2, 3, 8, 8), column=1).shape == (2, 7)
+
+
+def test_evaluation_drops_nothing_and_repeats():
+    net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(net(x), net(x))
+    torch.testing.assert_close(net(x), net(x, path=full_path(2, 3)))
+    assert not torch.allclose(net(x), net(x, path=column_path(2, 3, 0)))
+
+
+def test_state_dict_round_trip():
+    a, b = (fractalnet.FractalNet(7, 3, (4, 6), image_size=8) for _ in range(2))
+    a(torch.randn(4, 3, 8, 8))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(a.eval()(x), b.eval()(x))
+
+
+def test_autocast_and_half():
+    net = fractalnet.FractalNet(7, 3, (8, 8), image_size=8)
+    x, path = torch.randn(4, 3, 8, 8), full_path(2, 3)
+    expected = net(x, path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x, path=path)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="FractalNet: expected image_size >= 8 for the pools, got 4"):
+        fractalnet.FractalNet(7, 2, (4, 4, 4), image_size=4)
+    with pytest.raises(ValueError, match="FractalNet: expected granularity 'batch' or 'sample', got 'pixel'"):
+        fractalnet.FractalNet(7, 2, (4,), granularity="pixel")
+    net = fractalnet.FractalNet(7, 2, (4,), image_size=8)
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="expected path or column, got both"):
+        net(x, path=full_path(1, 2), column=0)
+    with pytest.raises(ValueError, match="expected path.keep for 1 blocks, got 2"):
+        net(x, path=full_path(2, 2))
+    with pytest.raises(ValueError, match="expected column from 0 to 1, got 2"):
+        net(x, column=2)
+    with pytest.raises(ValueError, match="sample_path: expected local_drop in"):
+        sample_path(1, 2, 3, local_drop=1.5)
+    with pytest.raises(ValueError, match="extract_column: expected c from 0 to 1, got 5"):
+        net.extract_column(5)
+    assert isinstance(net.sample_path(2), Path)

@@ -1,0 +1,284 @@
+"""The modules against their eager compositions, drop-path masks, and fuse()."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fractal_kernels import (
+    BatchNormReLU2d,
+    BNReLUJoin,
+    ConvBNReLU,
+    DropPathJoin,
+    MeanJoin,
+    drop_path_mask,
+    fuse,
+    use_backend,
+)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same(fused: nn.Module, eager: nn.Module, *inputs, atol: float = 1e-11) -> None:
+    """Outputs, gradients and states in training and in evaluation."""
+    leaves = [t.requires_grad_() for x in inputs for t in (x if isinstance(x, list) else [x])]
+    for training in (True, True, False):
+        outs, grads = [], []
+        for module in (fused, eager):
+            out = module.train(training)(*inputs)
+            weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+            outs.append(out)
+            grads.append(torch.autograd.grad(out, [*leaves, *module.parameters()], weights))
+        torch.testing.assert_close(*outs, rtol=0, atol=atol)
+        for x, y in zip(*grads, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=atol)
+    for x, y in zip(fused.state_dict().values(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+def test_mean_join(backend):
+    ys = [torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3)]
+    with use_backend(backend):
+        torch.testing.assert_close(MeanJoin()(ys), torch.stack(ys).mean(0))
+        mask = torch.tensor([True, False, True])
+        torch.testing.assert_close(MeanJoin()(ys, mask), (ys[0] + ys[2]) / 2)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(bias=True, stride=2), dict(kernel_size=1, padding=0, groups=2, affine=False)], ids=str
+)
+def test_conv_bn_relu(options, backend):
+    fused = ConvBNReLU(4, 6, **options).double()
+    norm = nn.BatchNorm2d(6, affine=options.get("affine", True)).double()
+    eager = nn.Sequential()
+    eager.add_module("conv", copy.deepcopy(fused.conv))
+    eager.add_module("bn", norm)
+    eager.add_module("relu", nn.ReLU())
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    with use_backend(backend):
+        assert_same(fused, eager, torch.randn(3, 4, 6, 6, dtype=torch.float64))
+
+
+class EagerJoin(nn.Module):
+    def __init__(self, k: int, channels: int, pool: bool, activation: str, **options) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(channels, **options) for _ in range(k))
+        self.pool, self.activation = pool, activation
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        hs = [bn(x) for bn, x in zip(self.bns, inputs, strict=True)]
+        hs = [h.relu() for h in hs] if self.activation == "branch" else hs
+        out = torch.stack([nn.functional.max_pool2d(h, 2) for h in hs] if self.pool else hs).mean(0)
+        return out.relu() if self.activation == "output" else out
+
+
+@pytest.mark.parametrize("options", [dict(), dict(momentum=0.3, eps=1e-3), dict(affine=False)], ids=str)
+@pytest.mark.parametrize("activation", ["branch", "output", "none"])
+def test_bn_relu_join(options, activation, backend):
+    for pool in (True, False):
+        eager = EagerJoin(3, 4, pool, activation, **options).double()
+        fused = BNReLUJoin(3, 4, pool="before" if pool else None, activation=activation, **options).double()
+        assert list(fused.state_dict()) == list(eager.state_dict())
+        with use_backend(backend):
+            assert_same(fused, eager, [torch.randn(3, 4, 6, 7, dtype=torch.float64) for _ in range(3)])
+
+
+# --- drop-path ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "p"), [(1, 0.5), (2, 0.15), (3, 0.15), (4, 0.5), (8, 0.9), (3, 0.0), (3, 1.0)])
+def test_mask_rate(k, p):
+    """Each branch survives with (1 - p) + p**k / k: on its own, or revived when all were dropped."""
+    draws = 40_000
+    mask = drop_path_mask(k, p, draws, generator=generator(0))
+    assert mask.any(0).all()
+    expected = (1 - p) + p**k / k
+    error = (mask.double().mean(1) - expected).abs().max().item()
+    assert error <= 5 * (expected * (1 - expected) / draws) ** 0.5 + 1e-12
+
+
+def test_mask_is_reproducible():
+    for n in (None, 7):
+        a, b = (drop_path_mask(4, 0.5, n, generator=generator(3)) for _ in range(2))
+        assert torch.equal(a, b) and a.shape == ((4,) if n is None else (4, n))
+    source = generator(3)
+    draws = [drop_path_mask(4, 0.5, 64, generator=source) for _ in range(2)]
+    assert not torch.equal(*draws)
+    state = torch.get_rng_state()
+    drop_path_mask(4, 0.5, generator=generator(1))
+    assert torch.equal(state, torch.get_rng_state())  # a generator leaves the global one alone
+    assert drop_path_mask(3, 0.5, 0).shape == (3, 0)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_drop_path_join(granularity, backend):
+    join = DropPathJoin(0.4, granularity)
+    ys = [torch.full((16, 1, 2, 2), float(4**i)) for i in range(3)]
+    subsets = {sum(4**i for i in range(3) if b >> i & 1) / bin(b).count("1"): b for b in range(1, 8)}
+    seen = set()
+    with use_backend(backend):
+        for _ in range(60):
+            values = join(ys).amax((1, 2, 3)).tolist()
+            kept = [min(subsets, key=lambda mean, v=v: abs(mean - v)) for v in values]
+            assert all(abs(a - b) < 1e-5 * b for a, b in zip(values, kept, strict=True))  # the mean of some branches
+            assert granularity == "sample" or len(set(kept)) == 1
+            seen |= {subsets[mean] for mean in kept}
+        assert seen == set(range(1, 8))
+        assert join.eval()(ys).unique().item() == 7.0
+    assert "p=0.4" in repr(join) and "sample" in repr(DropPathJoin(0.1, "sample"))
+
+
+# --- fuse --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block whose second ReLU acts on the sum; ``shared``: one ReLU module for both, as torchvision has."""
+
+    def __init__(self, channels: int, shared: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = self.relu1 if shared else nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(out)) + x)
+
+
+class ResNet(nn.Module):
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.blocks = nn.Sequential(Block(6, shared), Block(6, shared))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class TwoNorms(nn.Module):
+    """Two batch norms and what follows them; ``function`` is the forward."""
+
+    def __init__(self, second: nn.Module, function) -> None:
+        super().__init__()
+        self.bn1, self.bn2, self.relu, self.function = nn.BatchNorm2d(3), second, nn.ReLU(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+def check_fuse(model: nn.Module, fused: list[str], skipped: dict[str, str], channels: int = 3) -> nn.Module:
+    """What the report says, and that no result and no key changed."""
+    model = model.double()
+    eager, keys = copy.deepcopy(model), list(model.state_dict())
+    report = fuse(model)
+    assert sorted(report.fused) == sorted(fused)
+    left = dict(report.skipped)
+    assert set(left) == set(skipped)
+    for name, reason in skipped.items():
+        assert reason in left[name] and f"left {name}: " in str(report)
+    assert f"fused {len(fused)} batch norms" in str(report)
+    assert list(model.state_dict()) == keys
+    modules = dict(model.named_modules())
+    assert all(type(modules[name]) is BatchNormReLU2d for name in fused)
+    assert_same(model, eager, torch.randn(4, channels, 6, 6, dtype=torch.float64))
+    assert fuse(model).fused == []  # a second time finds nothing
+    return model
+
+
+def test_fuse_sequential(backend):
+    with use_backend(backend):
+        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
+        model = check_fuse(nn.Sequential(*layers, nn.ReLU(), nn.Flatten()), ["1", "4"], {})
+        assert type(model[2]) is nn.Identity
+
+
+def test_fuse_resnet():
+    check_fuse(
+        ResNet(shared=False),
+        ["stem.1", "blocks.0.bn1", "blocks.1.bn1"],
+        {f"blocks.{i}.bn2": "its only use is not a torch.nn.ReLU module" for i in range(2)},
+    )
+
+
+def test_fuse_shared_relu():
+    skipped = {f"blocks.{i}.bn1": "its ReLU module is used elsewhere too" for i in range(2)}
+    skipped |= {f"blocks.{i}.bn2": "its only use is not a torch.nn.ReLU module" for i in range(2)}
+    check_fuse(ResNet(shared=True), ["stem.1"], skipped)
+
+
+def test_fuse_relu_shared_by_two_batch_norms():
+    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn2(m.relu(m.bn1(x)))))
+    check_fuse(model, ["bn1", "bn2"], {})
+
+
+def test_fuse_relu_shared_with_a_subclass():
+    """The subclass is left, so it still needs the ReLU: its other user cannot be fused either."""
+    model = TwoNorms(Subclass(3), lambda m, x: m.relu(m.bn2(m.relu(m.bn1(x)))))
+    check_fuse(model, [], {"bn1": "its ReLU module is used elsewhere too", "bn2": "Subclass"})
+
+
+def test_fuse_relu_shared_with_a_batch_norm_of_two_calls():
+    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn1(x)) + m.relu(m.bn2(x)) + m.bn2(-x))
+    check_fuse(model, [], {"bn1": "its ReLU module is used elsewhere too", "bn2": "called more than once"})
+
+
+def test_fuse_batch_norm_used_twice():
+    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn1(x)) + m.bn2(m.bn1(2 * x)))
+    check_fuse(model, [], {"bn1": "called more than once", "bn2": "its only use is not"})
+
+
+def test_fuse_value_used_twice():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.bn1(x)
+        return m.relu(y) - y + torch.relu(m.bn2(x))
+
+    check_fuse(TwoNorms(nn.BatchNorm2d(3), forward), [], {"bn1": "its only use is not", "bn2": "its only use is not"})
+
+
+def test_fuse_output_is_the_batch_norm():
+    check_fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), [], {"1": "its only use is not"})
+
+
+class Untraceable(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if float(x.sum()) < 1e9 else x
+
+
+def test_fuse_untraceable():
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    check_fuse(Untraceable(body), ["body.1"], {"model": "not traceable"})
+
+
+def test_fuse_untraceable_with_a_repeated_module():
+    """The convolution that comes again stands between the batch norm and the ReLU."""
+    conv = nn.Conv2d(3, 3, 1)
+    model = Untraceable(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.ReLU())).double()
+    eager = copy.deepcopy(model)
+    fuse(model)
+    assert_same(model, eager, torch.randn(4, 3, 6, 6, dtype=torch.float64))
+
+
+def test_fuse_keeps_mode_hooks_and_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    weight, calls = model[1].weight, []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    fuse(model)
+    model(torch.randn(2, 3, 6, 6))
+    assert model[1].weight is weight and not model[1].training and calls == [1]
