@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .library import MAX_BRANCHES
+from .library import MAX_BRANCHES, Flags
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -88,6 +88,23 @@ def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None
         raise ValueError(f"{op}: expected {name} one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+_OPTIONS: dict[str, dict[str | None, Flags]] = {
+    "reduction": {"mean": Flags(0), "sum": Flags.SUM},
+    "activation": {"none": Flags(0), "branch": Flags.RELU_BRANCH, "output": Flags.RELU_OUTPUT},
+    "pool": {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER},
+    "stats": {"all": Flags(0), "live": Flags.STATS_LIVE},
+}
+
+
+def join_options(op: str, reduction: str, activation: str, pool: str | None, stats: str) -> int:
+    """The options of a join as the kernels' flags."""
+    flags = Flags(0)
+    for (name, allowed), value in zip(_OPTIONS.items(), (reduction, activation, pool, stats), strict=True):
+        choice(op, name, value, list(allowed))
+        flags |= allowed[value]
+    return int(flags)
+
+
 def poolable(op: str, y: Tensor) -> None:
     if y.dim() != 4 or y.shape[2] < 2 or y.shape[3] < 2:
         raise ValueError(f"{op}: expected inputs of shape [N, C, H, W] with H, W >= 2 for pooling, got {list(y.shape)}")
@@ -99,3 +116,23 @@ def eps(op: str, value: object) -> float:
     if not value >= 0:
         raise ValueError(f"{op}: expected eps >= 0, got {value}")
     return float(value)
+
+
+def momentum(op: str, value: object, ys: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0 and tuple(value.shape) != (len(ys),):
+            raise ValueError(f"{op}: expected momentum 0-dim or of shape [k]=[{len(ys)}], got {list(value.shape)}")
+        if value.device != ys[0].device:
+            raise ValueError(f"{op}: expected momentum on {ys[0].device}, got {value.device}")
+    elif not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{op}: expected momentum to be a number or a Tensor, got {type(value).__name__}")
+
+
+def pair(op: str, name: str, value: object, minimum: int) -> tuple[int, int]:
+    """An integer or two of them, as convolutions take them."""
+    values = (value, value) if isinstance(value, int) else value
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{op}: expected {name} to be an int or a pair of ints, got {type(value).__name__}")
+    if len(values) != 2 or not all(isinstance(v, int) and v >= minimum for v in values):
+        raise ValueError(f"{op}: expected {name} an int or a pair of ints >= {minimum}, got {value!r}")
+    return values[0], values[1]

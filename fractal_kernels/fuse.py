@@ -63,7 +63,7 @@ def fuse(model: nn.Module) -> FuseReport:
     fused = []
     relus = set()
     for bn, relu, problem in pairs:
-        module = modules[bn]
+        module = modules.get(bn)
         if not problem and type(module) is not nn.BatchNorm2d:
             problem = f"it is a {type(module).__name__}, not a torch.nn.BatchNorm2d"
         if problem:
@@ -89,24 +89,25 @@ def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple
     def module_of(node: torch.fx.Node) -> nn.Module | None:
         return modules.get(str(node.target)) if node.op == "call_module" else None
 
-    pairs = []
+    problems: dict[str, str] = {}
+    relu_of: dict[str, str] = {}
     for name, nodes in calls.items():
         if not isinstance(modules[name], nn.BatchNorm2d) or isinstance(modules[name], BatchNormReLU2d):
             continue
         users = list(nodes[0].users)
-        if len(nodes) > 1:
-            pairs.append((name, "", "it is called more than once"))
+        relu_of[name] = str(users[0].target) if len(users) == 1 and users[0].op == "call_module" else ""
+        if type(modules[name]) is not nn.BatchNorm2d:
+            problems[name] = f"it is a {type(modules[name]).__name__}, not a torch.nn.BatchNorm2d"
+        elif len(nodes) > 1:
+            problems[name] = "it is called more than once"
         elif len(users) != 1 or not isinstance(module_of(users[0]), nn.ReLU):
-            pairs.append((name, "", "its only use is not a torch.nn.ReLU module"))
-        else:
-            relu = str(users[0].target)
-            shared = any(
-                not isinstance(module_of(arg), nn.BatchNorm2d) or len(arg.users) != 1
-                for node in calls[relu]
-                for arg in node.all_input_nodes
-            )
-            pairs.append((name, relu, "its ReLU module is used elsewhere too" if shared else ""))
-    return pairs
+            problems[name] = "its only use is not a torch.nn.ReLU module"
+    fusable = {name for name in relu_of if name not in problems}
+    for name in fusable:  # its ReLU goes away: everything that it is applied to must be fused
+        inputs = [arg for node in calls[relu_of[name]] for arg in node.all_input_nodes]
+        if any(arg.op != "call_module" or str(arg.target) not in fusable for arg in inputs):
+            problems[name] = "its ReLU module is used elsewhere too"
+    return [(name, relu, problems.get(name, "")) for name, relu in relu_of.items()]
 
 
 def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str]]:
@@ -114,11 +115,12 @@ def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str
     for name, module in modules.items():
         if not isinstance(module, nn.Sequential):
             continue
-        children = list(module.named_children())
+        children = [(child, m) for child, m in module._modules.items() if m is not None]  # repeats too
         prefix = f"{name}." if name else ""
         for (a, first), (b, second) in zip(children, children[1:], strict=False):
             if isinstance(first, nn.BatchNorm2d) and isinstance(second, nn.ReLU):
-                uses = sum(second is child for parent in modules.values() for child in parent.children())
-                problem = "its ReLU module is used elsewhere too" if uses > 1 else ""
+                held = [child for parent in modules.values() for child in parent._modules.values()]
+                shared = any(sum(m is child for child in held) > 1 for m in (first, second))
+                problem = "it or its ReLU module is used elsewhere too" if shared else ""
                 pairs.append((prefix + a, prefix + b, problem))
     return pairs

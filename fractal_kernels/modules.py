@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from . import checks
+from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
 
@@ -56,12 +59,12 @@ class DropPathJoin(nn.Module):
         return f"p={self.p}, granularity={self.granularity!r}"
 
 
-def advance(bn: nn.BatchNorm2d) -> float | Tensor:
-    """Counts a training batch and returns its weight in the running statistics, without reading the device."""
+def advance(bn: nn.BatchNorm2d, live: Tensor | int = 1) -> float | Tensor:
+    """Counts a training batch (``live`` 0: not) and returns its weight in the running statistics, on the device."""
     if not (bn.training and bn.track_running_stats) or bn.num_batches_tracked is None:
         return bn.momentum if bn.momentum is not None else 0.0
-    bn.num_batches_tracked.add_(1)
-    return bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked
+    bn.num_batches_tracked.add_(live)
+    return bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.clamp(min=1).double()
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -148,16 +151,29 @@ class BNReLUJoin(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(num_branches, int) or not 1 <= num_branches <= MAX_BRANCHES:
+            raise ValueError(f"BNReLUJoin: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
+        checks.join_options("BNReLUJoin", reduction, activation, pool, stats)
         self.bns = nn.ModuleList(
             nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats) for _ in range(num_branches)
         )
         self.reduction, self.activation, self.pool, self.stats = reduction, activation, pool, stats
 
+    def _live(self, mask: Tensor | None) -> list[Tensor | None]:
+        """Per branch, whether its statistics see this batch; None: they do."""
+        if mask is None or (mask.dim() == 2 and self.stats == "all"):
+            return [None] * len(self.bns)
+        return list((mask != 0).reshape(len(self.bns), -1).any(1).unbind())
+
     def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            mask = checks.mask("BNReLUJoin", mask, checks.branches("BNReLUJoin", inputs))
         if len(inputs) != len(self.bns):
             raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
         first = self.bns[0]
-        momenta = [advance(bn) for bn in self.bns]  # type: ignore[arg-type]
+        live = [1 if per_sample is None else per_sample.to(torch.int64) for per_sample in self._live(mask)]
+        momenta = [advance(bn, alive) for bn, alive in zip(self.bns, live, strict=True)]  # type: ignore[arg-type]
+        momentum = torch.stack(momenta) if isinstance(momenta[0], Tensor) else momenta[0]  # type: ignore[arg-type]
         return bn_relu_join(
             inputs,
             [bn.weight for bn in self.bns],  # type: ignore[misc]
@@ -166,7 +182,7 @@ class BNReLUJoin(nn.Module):
             [bn.running_var for bn in self.bns],  # type: ignore[misc]
             mask,
             self.training or not first.track_running_stats,
-            momenta[0],
+            momentum,
             first.eps,  # type: ignore[arg-type]
             reduction=self.reduction,
             activation=self.activation,

@@ -25,11 +25,20 @@ FILES = {"model.pt", "metrics.json", "loss.png", "accuracy.png", "steps.png"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def one_thread(same_start):
+    """Two threads that wait for each other crawl on a busy machine, and nothing here is about threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder and the metrics of a run of two epochs."""
     out = tmp_path_factory.mktemp("demo") / "new" / "digits"
-    assert main(["train", "digits", "--epochs", "2", "--seed", "3", "--batch-size", "96", "--out", str(out)]) == 0
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "PASSES", 1)
+        assert main(["train", "digits", "--epochs", "2", "--seed", "3", "--batch-size", "96", "--out", str(out)]) == 0
     return out, json.loads((out / "metrics.json").read_text())
 
 
@@ -62,7 +71,8 @@ def test_metrics(run):
         assert len(steps["eager"]["rounds_ms"]) == len(steps["fused"]["rounds_ms"])
 
 
-def test_eval_and_anytime(run, capsys):
+def test_eval_and_anytime(run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "PASSES", 1)
     out, metrics = run
     assert main(["eval", "--checkpoint", str(out / "model.pt")]) == 0
     printed = capsys.readouterr().out
@@ -106,12 +116,13 @@ def test_the_seed_fixes_the_training():
 
 
 def test_timing_leaves_the_model_alone(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "PASSES", 1)
     monkeypatch.setitem(sys.modules, "benchmarks.baselines", None)  # as if benchmarks/ were not there
     split, recipe = data.load("digits"), data.load_recipe("digits", batch_size=8)
     config = {"num_classes": 10, "columns": 2, "channels": (8,), "in_channels": 1, "image_size": 8}
     model = FractalNet(**config)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    steps = evaluate.compare_steps(model, config, split, recipe, seed=0, passes=1)
+    steps = evaluate.compare_steps(model, config, split, recipe, seed=0)
     assert "eager" not in steps and "left out" in capsys.readouterr().out
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert plots.steps(steps).startswith(b"\x89PNG") and "fused" in evaluate.step_table(steps)
@@ -126,7 +137,11 @@ def test_interrupted_training(tmp_path, number, status):
     (tmp_path / "kept.txt").write_text("mine")
     out = tmp_path / "new" / "digits"
     command = [sys.executable, "-m", "fractalnet", "train", "digits", "--epochs", "10000", "--out", str(out)]
-    restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # CI may ignore it
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    restore = {
+        "env": one_thread,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }  # CI may ignore it
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **restore)
     try:
         seen = b""

@@ -92,6 +92,9 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
   }
   const int64_t bytes = std::max<int64_t>(1, job.C * static_cast<int64_t>(like.element_size()));
   job.unit_rows = std::max<int64_t>(1, kUnitBytes / bytes);
+  bool one_axis = kernel == Kernel::kStats && channels_last && job.mask_n == 0;
+  for (int b = 0; b < job.k; ++b) one_axis &= job.N == 1 || job.y[b].n == job.W * job.y[b].w;
+  if (one_axis) job.W = job.Wo = job.N * job.W, job.N = 1;  // samples follow each other: longer units
   if (!channels_last)
     job.units_per_sample = job.C;
   else if (job.pool)
@@ -199,8 +202,8 @@ template <class A>
 void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& count) {
   const RunFn run = select_run();
   const Blocks blocks(job);
-  const int64_t C = job.C, stride = 1 + 2 * C;
-  std::vector<A> partial(job.channels_last ? blocks.count * stride : 2 * job.units);
+  const int64_t C = job.C, stride = 1 + 3 * C;
+  std::vector<A> partial(job.channels_last ? blocks.count * stride : 3 * job.units);
   for (int b = 0; b < job.k; ++b) {
     if (job.channels_last)
       parallel(job, blocks.count, [&](int64_t begin, int64_t end) {
@@ -219,11 +222,12 @@ void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& coun
       if (job.channels_last)
         for (int64_t i = 0; i < blocks.count; ++i) {
           const A* p = partial.data() + i * stride;
-          if (p[0] > 0) m.merge(p[0], p[1 + c], p[1 + C + c]);
+          if (p[0] > 0) m.merge(p[0], double(p[1 + c]) + p[1 + 2 * C + c], p[1 + C + c]);
         }
       else
-        for (int64_t n = 0; n < job.N; ++n)
-          if (job.live(b, n)) m.merge(job.Wo, partial[n * C + c], partial[job.units + n * C + c]);
+        for (int64_t n = 0; job.units > 0 && n < job.N; ++n)
+          if (const int64_t u = n * C + c; job.live(b, n))
+            m.merge(job.Wo, double(partial[u]) + partial[2 * job.units + u], partial[job.units + u]);
       mean_out[c] = static_cast<A>(m.mean);
       var_out[c] = m.count > 0 ? static_cast<A>(m.m2 / m.count) : A(0);
     }

@@ -187,3 +187,10 @@ FRACTAL_HD A horizontal_sum(Vec<A> v) {
   for (int i = 0; i < kLanes<A>; ++i) total += v[i];
   return total;
 }
+
+// v with the lanes from n on set to zero.
+template <class V>
+FRACTAL_HD V first_lanes(V v, int n) {
+  for (int i = n; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;
+  return v;
+}

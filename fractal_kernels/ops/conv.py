@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,12 +56,31 @@ def conv_bn_relu(
     w = checks.tensor(op, "conv_weight", conv_weight)
     if x.dim() != 4:
         raise ValueError(f"{op}: expected x of shape [N, C, H, W], got {list(x.shape)}")
-    if w.dim() != 4 or w.shape[1] * groups != x.shape[1]:
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"{op}: expected groups >= 1, got {groups!r}")
+    if w.dim() != 4 or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups != 0:
         raise ValueError(
-            f"{op}: expected conv_weight of shape [C_out, C_in / groups, kH, kW] with C_in={x.shape[1]} and "
-            f"groups={groups}, got {list(w.shape)}"
+            f"{op}: expected conv_weight of shape [C_out, C_in / groups, kH, kW] with C_in={x.shape[1]} and C_out a "
+            f"multiple of groups={groups}, got {list(w.shape)}"
         )
     if conv_bias is not None and checks.tensor(op, "conv_bias", conv_bias).shape != w.shape[:1]:
         raise ValueError(f"{op}: expected conv_bias of shape [C_out]=[{w.shape[0]}], got {list(conv_bias.shape)}")
+    for name, t in (("conv_weight", w), ("conv_bias", conv_bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
+        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: expected {name} of x's dtype {x.dtype}, got {t.dtype}")
+    stride, dilation = checks.pair(op, "stride", stride, 1), checks.pair(op, "dilation", dilation, 1)
+    if isinstance(padding, str):
+        checks.choice(op, "padding", padding, ["same", "valid"] if stride == (1, 1) else ["valid"])
+    else:
+        padding = checks.pair(op, "padding", padding, 0)
+        for d in (0, 1):
+            reach = dilation[d] * (w.shape[2 + d] - 1) + 1
+            if x.shape[2 + d] + 2 * padding[d] < reach:
+                raise ValueError(
+                    f"{op}: expected x of at least {reach} padded pixels for conv_weight {list(w.shape)}, got "
+                    f"{list(x.shape)} with padding {padding}"
+                )
     y = F.conv2d(x, w, conv_bias, stride, padding, dilation, groups)
     return bn_relu(y, weight, bias, running_mean, running_var, training, momentum, eps, backend=backend)

@@ -15,10 +15,6 @@ from ..library import Flags, accumulate_dtype
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
 
 _OPS = torch.ops.fractal_kernels
-_ACTIVATIONS = {"none": Flags(0), "branch": Flags.RELU_BRANCH, "output": Flags.RELU_OUTPUT}
-_REDUCTIONS = {"mean": Flags(0), "sum": Flags.SUM}
-_POOLS = {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}
-_STATS = {"all": Flags(0), "live": Flags.STATS_LIVE}
 
 
 class _PlainJoin(torch.autograd.Function):
@@ -154,6 +150,7 @@ def normalised_join(
     """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
     backend = backends.resolve(op, backend, ys[0].device.type)
     k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
+    checks.momentum(op, momentum, ys)
     batch_stats = training or running_means[0] is None
     per_channel = ys[0].shape[0] * ys[0][0, 0].numel() if ys[0].shape[0] else 0
     if training and per_channel == 1:
@@ -171,7 +168,7 @@ def normalised_join(
     out, mean, var, count = _NormJoin.apply(k, affine, batch_stats, eps, flags, backend, mask, *ys, *params)  # type: ignore[no-untyped-call]
     if training and running_means[0] is not None:
         with torch.no_grad():
-            keep = (count > 0) * momentum  # a dropped branch keeps its running statistics
+            keep = (count > 0).to(count.dtype) * momentum  # a dropped branch keeps its running statistics
             unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
             for i, (running_mean, running_var) in enumerate(zip(running_means, running_vars, strict=True)):
                 assert running_mean is not None and running_var is not None  # checked by the caller
@@ -209,7 +206,7 @@ def bn_relu_join(
             the batch's are used in evaluation too, as in ``torch.nn.BatchNorm2d``.
         mask: as in :func:`masked_mean_join`. A branch that a [k] mask drops keeps its running statistics.
         training: normalise with the batch's statistics (biased variance), else with the running ones.
-        momentum: weight of the new statistics; a 0-dim tensor stays on the device (cumulative averaging).
+        momentum: weight of the new statistics; a tensor, 0-dim or [k], stays on the device (cumulative averaging).
         eps: added to the variance.
         reduction: "mean" over the live branches, or "sum" (residual adds, re-parameterised blocks).
         activation: "branch" (ReLU on each branch), "output" (ReLU on the join) or "none".
@@ -237,16 +234,9 @@ def bn_relu_join(
     if len({t is None for t in (*rms, *rvs)}) > 1:
         raise ValueError(f"{op}: expected running_means and running_vars for all branches or for none, got a mixture")
     mask = checks.mask(op, mask, ys)
-    for name, value, allowed in (
-        ("reduction", reduction, _REDUCTIONS),
-        ("activation", activation, _ACTIVATIONS),
-        ("pool", pool, _POOLS),
-        ("stats", stats, _STATS),
-    ):
-        checks.choice(op, name, value, list(allowed))
+    flags = checks.join_options(op, reduction, activation, pool, stats)
     if pool is not None:
         checks.poolable(op, ys[0])
-    flags = _REDUCTIONS[reduction] | _ACTIVATIONS[activation] | _POOLS[pool] | _STATS[stats]
     return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, checks.eps(op, eps), int(flags), backend)
 
 

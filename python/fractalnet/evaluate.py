@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path as FilePath
@@ -24,6 +25,8 @@ FORMAT = "fractalnet checkpoint 1"
 CHUNK = 500  # images at a time where only the result matters
 BATCHES = (1, 100)  # images at a time where time is taken
 TOLERANCE = 1e-3
+BUSY = 1.6  # ninth decile of the times of equal steps against the first: beyond it the times say little
+PASSES, BUDGET = 5, 20.0  # of a timing: passes over its work at most, and seconds after which no other one begins
 
 
 def build(config: dict[str, Any], what: str) -> FractalNet:
@@ -59,17 +62,15 @@ def scores(model: FractalNet, x: Tensor, y: Tensor) -> dict[str, dict[str, float
     }
 
 
-def alternate(
-    calls: dict[str, Callable[[int], object]], cycle: int, passes: int, warmup: int = 3, budget: float = 20.0
-) -> dict[str, list[float]]:
+def alternate(calls: dict[str, Callable[[int], object]], cycle: int, warmup: int = 3) -> dict[str, list[float]]:
     """Milliseconds of every call in every round; a round makes each call once, so that noise hits all alike.
 
-    Round i gets the number i % cycle. After `passes` cycles, or the first that ends after `budget` seconds, it is over.
+    Round i gets the number i % cycle; there are PASSES cycles, or fewer on a machine so slow that BUDGET is spent.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    for i in range(-warmup, cycle * passes):
-        if i > 0 and i % cycle == 0 and time.perf_counter() - begin > budget:
+    for i in range(-warmup, cycle * PASSES):
+        if i > 0 and i % cycle == 0 and time.perf_counter() - begin > BUDGET:
             break
         for name, call in calls.items():
             start = time.perf_counter()
@@ -80,14 +81,14 @@ def alternate(
 
 
 @torch.no_grad()
-def measure(model: FractalNet, x: Tensor, y: Tensor, passes: int = 5) -> list[dict[str, Any]]:
+def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     """Per contender: depth, loss and accuracy on x, and the median time per image, one at a time and by the hundred."""
     results = scores(model, x, y)
     times: dict[int, dict[str, list[float]]] = {}
     for batch in BATCHES:
         images = x[:batch]
         calls = {name: lambda _, c=c: model(images, column=c) for name, c in contenders(model).items()}  # noqa: B023
-        times[batch] = alternate(calls, 6, passes, budget=5.0)
+        times[batch] = alternate(calls, cycle=6)
     return [
         {
             "name": name,
@@ -129,7 +130,7 @@ def table(columns: Sequence[dict[str, Any]]) -> str:
 
 
 @torch.no_grad()
-def anytime(model: FractalNet, x: Tensor, y: Tensor, rounds: int = 10) -> list[dict[str, Any]]:
+def anytime(model: FractalNet, x: Tensor, y: Tensor, rounds: int = 5) -> list[dict[str, Any]]:
     """Per answer of `model.anytime`: its accuracy, and the median time until it is there, for all of x."""
     model.eval()
     rows: list[dict[str, Any]] = []
@@ -193,9 +194,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
-def compare_steps(
-    model: FractalNet, config: dict[str, Any], split: Split, recipe: Recipe, seed: int, passes: int = 5
-) -> dict[str, Any]:
+def compare_steps(model: FractalNet, config: dict[str, Any], split: Split, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Training steps (zero_grad, forward, backward, SGD) of the fused and the eager network, taken in turn, and what
     one forward pass with nothing dropped saves for backward. The model itself stays as it is: copies are timed.
 
@@ -222,7 +221,7 @@ def compare_steps(
         masks = eager.full_masks(len(y))
         saved["eager"] = saved_bytes(eager, lambda: F.cross_entropy(eager(x, masks), y))
     steps = {name: stepper(net.train(), forwards[name], y, recipe) for name, net in nets.items()}
-    times = alternate(steps, len(paths), passes)
+    times = alternate(steps, cycle=len(paths))
     result: dict[str, Any] = {"batch_size": len(y), "paths": len(paths), "passes": len(times["fused"]) // len(paths)}
     for name, ms in times.items():
         figure = statistics.fmean(statistics.median(ms[i :: len(paths)]) for i in range(len(paths)))
@@ -231,6 +230,8 @@ def compare_steps(
     if baseline is not None:
         result["speedup"] = result["eager"]["ms"] / result["fused"]["ms"]
         result["saved_share"] = saved["fused"] / saved["eager"]
+        low, *_, high = statistics.quantiles(times["eager"], n=10)  # the same work in every round
+        result["scatter"] = high / low
     return result
 
 
@@ -267,7 +268,10 @@ def step_table(steps: dict[str, Any]) -> str:
         rows.append(
             ["fused against eager", f"{steps['speedup']:.2f}x as fast", f"{steps['saved_share']:.2f}x the bytes"]
         )
-    return grid([head, *rows])
+    busy = (
+        f"\nThe machine was busy: equal steps differ {steps.get('scatter', 0):.1f}-fold. Measure again when it is idle."
+    )
+    return grid([head, *rows]) + (busy if steps.get("scatter", 0) > BUSY else "")
 
 
 # --- checkpoints -----------------------------------------------------------------------------------
@@ -285,7 +289,12 @@ def unpack(path: FilePath) -> tuple[FractalNet, dict[str, Any]]:
     """The network of a checkpoint, and everything else that is in it. Nothing in the file is executed."""
     what = f"checkpoint {path}"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if broken := archive.testzip():
+                raise UserError(f"{what}: damaged ({broken} does not match its checksum)")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{what}: there is no such file") from error
     except OSError as error:

@@ -63,7 +63,7 @@ def losses(history: Sequence[dict[str, Any]]) -> bytes:
 
 
 def accuracies(columns: Sequence[dict[str, Any]]) -> bytes:
-    """Hold-out accuracy against depth; the bars are the standard error of a share of so many images."""
+    """Hold-out accuracy against depth; the bars are the standard error of so many images (Wilson's interval)."""
     from matplotlib.ticker import NullLocator
 
     drawn, (ax,) = figure(6, 4.2)
@@ -71,21 +71,26 @@ def accuracies(columns: Sequence[dict[str, Any]]) -> bytes:
     full = next(c for c in columns if c["column"] is None)
     images = full["images"]
 
-    def percent(c: dict[str, Any]) -> tuple[float, float]:
+    def percent(c: dict[str, Any]) -> tuple[float, float, float]:
+        """Accuracy, and how far Wilson's interval of one standard error reaches down and up."""
         share = c["accuracy"]
-        return 100 * share, 100 * math.sqrt(share * (1 - share) / images)
+        middle = (share + 0.5 / images) / (1 + 1 / images)
+        half = math.sqrt(share * (1 - share) / images + 0.25 / images**2) / (1 + 1 / images)
+        return 100 * share, max(0.0, 100 * (share - middle + half)), max(0.0, 100 * (middle + half - share))
 
-    values, errors = zip(*map(percent, alone), strict=True)
+    values, *errors = zip(*map(percent, alone), strict=True)
     depths = [c["depth"] for c in alone]
     style = {"marker": "o", "markersize": 6, "capsize": 3, "linewidth": 1.5, "elinewidth": 1}
     ax.errorbar(depths, values, yerr=errors, color=FUSED, label="each column alone", **style)
-    value, error = percent(full)
+    value, *error = percent(full)
     aside = full["depth"] * 1.06  # beside the deepest column, which is as deep
-    ax.errorbar([aside], [value], yerr=[error], color=FULL, label="full network", **(style | {"marker": "s"}))
+    single = style | {"marker": "s"}
+    ax.errorbar([aside], [value], yerr=[[e] for e in error], color=FULL, label="full network", **single)
     ax.axhline(value, color=FULL, linewidth=0.8, linestyle=(0, (4, 4)))
     for depth, share, ha in [*zip(depths, values, ["right"] * len(depths), strict=True), (aside, value, "left")]:
         shift = -7 if ha == "right" else 7
         place = {"textcoords": "offset points", "ha": ha, "va": "bottom", "fontsize": 9}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
         ax.annotate(f"{share:.1f} %", (depth, share), (shift, 4), **place)
     ax.set_xscale("log", base=2)
     ax.set_xticks(depths, [str(d) for d in depths])
@@ -93,8 +98,8 @@ def accuracies(columns: Sequence[dict[str, Any]]) -> bytes:
     ax.set_xlim(depths[0] / 1.4, depths[-1] * 1.4)
     ax.set_xlabel("depth (convolutions)")
     ax.set_ylabel("hold-out accuracy (%)")
-    ax.set_title("Accuracy against depth")
-    ax.legend(frameon=False, title=f"{images} hold-out images,\n± standard error", title_fontsize=9, alignment="left")
+    ax.set_title(f"Accuracy against depth ({images} hold-out images, bars: standard error)", fontsize=11)
+    drawn.legend(frameon=False, loc="outside lower center", ncols=2)
     return png(drawn)
 
 
