@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
-GROUPS = ("join", "step", "memory")
+GROUPS = ("join", "step", "memory", "conv")
 
 
 class ReportError(Exception):
@@ -43,7 +43,7 @@ def number(value: float) -> str:
 
 def notes(row: dict[str, Any]) -> str:
     extra = row["extra"]
-    texts = []
+    texts = [f"{number(r['figures'])}× {name}" for name, r in row["ratios"].items() if name in ("separate", "library")]
     if "share_of_copy" in extra:
         texts.append(f"{100 * extra['share_of_copy']:.0f} % of a copy's bandwidth ({number(extra['gb_per_s'])} GB/s)")
     if "vs_fp32" in extra:
@@ -81,7 +81,9 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         machine = result["machine"]
         lines = ["| " + " | ".join(HEADER) + " |", "|---|---:|---:|---:|---|"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+        lines += [
+            "| " + " | ".join(cells(row)) + " |" for row in result["rows"] if row["group"] != "conv"
+        ]  # a choice's data, not a claim
         commit = result["commit"] or "no commit"
         source = f"{machine['device']}, {machine['cores']} cores, {machine['simd']}, PyTorch {machine['torch']}"
         lines += ["", f"{source}; {result['date'][:10]}, {commit[:10]}, `{result['command']}`."]

@@ -1,7 +1,7 @@
 """The operators of the fractal block, forward and backward, over the schedule of rows.
 
 A row is a (wide) convolution of the units that start there, their statistics, and the join of those that end there.
-Kept for backward: the joins J_r, the convolutions' outputs and their statistics; nothing normalised or activated. Every
+Kept for backward: the joins J_r of several branches, convolution outputs and statistics; nothing else. Every
 J_r is read by the convolutions of row r+1 alone, so backward has nothing to accumulate but a row that was split.
 The path is data: under torch.compile the operators are opaque and take it as a small CPU tensor.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, tiny_conv
 from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
@@ -62,15 +62,17 @@ class _Rows:
     def join_flags(self, row: int) -> int:
         return int(self.flags if row == self.rows - 1 else self.flags & ~(Flags.POOL_BEFORE | Flags.POOL_AFTER))
 
-    def norm(
-        self, joined: tuple[Unit, ...], mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None
-    ) -> list[list[Tensor]]:
-        ids = [u.id for u in joined]
-        return [[] if t is None else [t[i] for i in ids] for t in (mean, var, gamma, beta)]
+    def keeps_join(self, row: int) -> bool:
+        """Whether a join is saved. One branch's is one pass over that branch, and is computed again in backward."""
+        return row < self.rows - 1 and len(self.schedule.ends[row]) > 1
+
+    def norm(self, joined: tuple[Unit, ...], vectors: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+        """Means, vars, weights and biases of the branches, as the launchers take them."""
+        return [[rows[u.id] for u in joined] if rows else [] for rows in vectors]
 
 
-def _slices(ys: dict[int, Tensor], joined: tuple[Unit, ...]) -> list[Tensor]:
-    return [ys[u.id] for u in joined]
+def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
+    return [() if t is None else t.unbind() for t in vectors]
 
 
 def _narrow(y: Tensor, group: tuple[Unit, ...], channels: int, into: dict[int, Tensor]) -> None:
@@ -126,6 +128,7 @@ def _block_forward(
         )
         live[list(alive)] = 1
     assert mean is not None and var is not None
+    vectors = _unbind(mean, var, gamma, beta)
     pixels = x.shape[2] * x.shape[3]
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: dict[int, Tensor] = {}
@@ -139,7 +142,11 @@ def _block_forward(
         for group in groups:
             first, n = group[0].id, len(group)
             bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
-            y = torch.conv2d(source, rows.weight(group, weights), bias, padding=1)
+            weight = rows.weight(group, weights)
+            if bias is None and tiny_conv.fits(source, weight):
+                y = tiny_conv.conv(source, weight)
+            else:
+                y = torch.conv2d(source, weight, bias, padding=1)
             if dropout and training:
                 y, noise = _aten.native_dropout(y, dropout, True)
                 noises.append(noise)
@@ -158,14 +165,14 @@ def _block_forward(
             last = row == rows.rows - 1
             pool = last and Flags(flags).pool
             source = empty(pooled(shape) if pool else shape, x, True)
-            norm = rows.norm(joined, mean, var, gamma, beta)
+            norm = rows.norm(joined, vectors)
             mask = _join_mask(path, dense, row, joined)
-            launch.join_forward(source, _slices(ys, joined), mask, *norm, eps, rows.join_flags(row), True)
+            launch.join_forward(source, [ys[u.id] for u in joined], mask, *norm, eps, rows.join_flags(row), True)
             for unit in joined:
                 del ys[unit.id]
-            if not last:
+            if rows.keeps_join(row):
                 joins.append(source)
-        elif fixed and row < rows.rows - 1:
+        elif fixed and rows.keeps_join(row):
             joins.append(empty(shape, x, True))
         if not save:
             joins.clear()
@@ -213,6 +220,7 @@ def _block_backward(
     pixels = x.shape[2] * x.shape[3]
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = _unpack(rows, weights, saved, pixels, bool(dropout) and batch_stats, fixed)
+    vectors = _unbind(mean, var, gamma, beta)
     ys: dict[int, Tensor] = {}
     dys: dict[int, Tensor] = {}
     buffers: dict[int, list[tuple[tuple[Unit, ...], Tensor, int]]] = {}
@@ -234,9 +242,9 @@ def _block_backward(
         if joined:
             position -= len(joined)
             dz, dzx = (s[position : position + len(joined)] for s in sums)
-            norm = rows.norm(joined, mean, var, gamma, beta)
+            norm = rows.norm(joined, vectors)
             mask = _join_mask(path, dense, row, joined)
-            g, y_list, code = to_layout(d, True), _slices(ys, joined), rows.join_flags(row)
+            g, y_list, code = to_layout(d, True), [ys[u.id] for u in joined], rows.join_flags(row)
             if batch_stats or gamma is not None:
                 launch.join_backward_reduce(dz, dzx, g, y_list, mask, *norm, eps, code, True)
             stats = [dz, dzx, count] if batch_stats else []
@@ -245,24 +253,34 @@ def _block_backward(
             for unit in joined:
                 del ys[unit.id]
         source = x if row == 0 else joins[row - 1]
+        before = rows.plan.joins[row - 1] if row > 0 else ()
+        if before and not rows.keeps_join(row - 1):
+            source = empty(shape, x, True)
+            mask, code = _join_mask(path, dense, row - 1, before), rows.join_flags(row - 1)
+            launch.join_forward(source, [ys[u.id] for u in before], mask, *rows.norm(before, vectors), eps, code, True)
         needs = row > 0 or needs_x
         total: Tensor | None = None
         parts = []
         for group, dy, i in buffers.pop(row):
             if dropout and batch_stats:
                 dy = _aten.native_dropout_backward(dy, noises[row][i], 1.0 / (1.0 - dropout))
-            sizes = [dy.shape[1]] if conv_bias else None
-            want = [needs, True, conv_bias]
             weight = rows.weight(group, weights)
-            dsource, dweight, dbias = _aten.convolution_backward(
-                dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
-            )
-            if needs:
+            if not conv_bias and tiny_conv.fits(source, weight):
+                if not parts:
+                    dweights[row] = torch.empty_like(weights[row])
+                dweight = rows.weight(group, dweights)
+                dsource = tiny_conv.conv_backward(dy, source, weight, needs, dweight)
+            else:
+                sizes, want = ([dy.shape[1]] if conv_bias else None), [needs, True, conv_bias]
+                dsource, dweight, dbias = _aten.convolution_backward(
+                    dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
+                )
+                if conv_bias:
+                    dconv_bias[group[0].id : group[0].id + len(group)] = dbias.view(len(group), channels)
+            if dsource is not None:
                 total = dsource if total is None else total.add_(dsource)
-            if conv_bias:
-                dconv_bias[group[0].id : group[0].id + len(group)] = dbias.view(len(group), channels)
             parts.append((group, dweight))
-        dweights[row] = _gather_weight(weights[row], parts, rows)
+        dweights[row] = _gather_weight(weights[row], dweights[row], parts, rows)
         if total is not None:
             d = total
     dgamma, dbeta = (x.new_empty(0) if p is None else torch.zeros_like(mean) for p in (gamma, beta))
@@ -272,17 +290,18 @@ def _block_backward(
     return [to_layout(d, True) if needs_x else x.new_empty(0), *dweights, dconv_bias, dgamma, dbeta]
 
 
-def _gather_weight(weight: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: _Rows) -> Tensor:
-    """The gradient of a row's wide weight; zeros, not None, where a unit does not live."""
+def _gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: _Rows) -> Tensor:
+    """The gradient of a row's wide weight; zeros, not None, where a unit does not live. ``full`` may hold parts."""
     if len(parts) == 1 and parts[0][1].shape == weight.shape and parts[0][1].stride() == weight.stride():
         return parts[0][1]
-    full = torch.empty_like(weight)
+    full = full if full.numel() else torch.empty_like(weight)
     done = 0
     for group, dweight in parts:
         offset = rows.offset(group)
         full[done:offset].zero_()
         done = offset + dweight.shape[0]
-        full[offset:done].copy_(dweight)
+        if dweight.data_ptr() != full[offset:done].data_ptr():
+            full[offset:done].copy_(dweight)
     full[done:].zero_()
     return full
 
@@ -292,7 +311,8 @@ def _unpack(
 ) -> tuple[list[Tensor], list[list[tuple[tuple[Unit, ...], Tensor]]], list[list[Tensor]]]:
     """Joins by row, (group, output) by row, dropout masks by row, from what block_forward returned."""
     items = iter(saved)
-    joins = [next(items) if fixed or rows.plan.joins[r] else rows.path for r in range(rows.rows - 1)]
+    kept = [rows.keeps_join(r) and (fixed or bool(rows.plan.joins[r])) for r in range(rows.rows)]
+    joins = [next(items) if there else rows.path for there in kept]
     outputs, noises = [], []
     for row in range(rows.rows):
         groups = rows.groups(row, weights, pixels)
@@ -339,7 +359,7 @@ def _block_forward_fake(
         x.new_empty(size, dtype=dtype if mean is None else x.dtype),
     ]
     if save:
-        out += [empty(shape, x, True) for _ in range(s.rows - 1)]
+        out += [empty(shape, x, True) for ends in s.ends[:-1] if len(ends) > 1]
         for row in s.starts:
             wide = empty((shape[0], len(row) * channels, *shape[2:]), x, True)
             out.append(wide)
