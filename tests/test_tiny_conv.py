@@ -3,6 +3,7 @@
 import fractalnet
 import pytest
 import torch
+
 from fractal_kernels import tiny_conv
 
 
