@@ -127,7 +127,12 @@ void parallel(const Job& job, int64_t items, const F& f) {
   torch::stable::parallel_for(0, items, std::max<int64_t>(1, kGrain / per_item), f);
 }
 
-void run_units(const Job& job) {
+void run_units(Job& job) {
+  job.flat = job.channels_last && !job.pool && job.mean == nullptr && job.out.w == job.C;
+  for (int b = 0; b < job.k; ++b) {
+    job.flat &= !job.reads_y || job.y[b].w == job.C;
+    job.flat &= job.kernel == Kernel::kForward || job.dy[b].w == job.C;
+  }
   const RunFn run = select_run();
   parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, nullptr); });
 }
