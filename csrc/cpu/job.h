@@ -33,7 +33,7 @@ struct Job {
   // statistics.
   const void *mean, *scale, *shift;
   const void *offset, *slope;  // apply: dy = scale*dz + offset + slope*(y - mean)
-  bool flat;  // channels_last without per-channel parameters or gaps: a unit is one long row
+  bool flat;                   // channels_last without per-channel parameters or gaps: a unit is one long row
   int64_t unit_rows, units_per_sample, units;
 
   FRACTAL_HD bool live(int b, int64_t n) const { return mask == nullptr || mask[b * mask_k + n * mask_n]; }
