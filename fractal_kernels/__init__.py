@@ -1,6 +1,7 @@
 """Fused kernels for multi-branch convolutional networks: masked joins, drop-path, conv-BN-ReLU."""
 
 from .backends import BackendUnavailable, available_backends, use_backend
+from .block import BlockOutput, fractal_block
 from .fuse import fuse
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin
 from .ops.bn_relu import bn_relu
@@ -13,6 +14,7 @@ __all__ = [
     "BNReLUJoin",
     "BackendUnavailable",
     "BatchNormReLU2d",
+    "BlockOutput",
     "ConvBNReLU",
     "DropPathJoin",
     "MeanJoin",
@@ -21,6 +23,7 @@ __all__ = [
     "bn_relu_join",
     "conv_bn_relu",
     "drop_path_mask",
+    "fractal_block",
     "fuse",
     "masked_mean_join",
     "use_backend",

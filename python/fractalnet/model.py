@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from fractal_kernels.block import fractal_block
+from fractal_kernels import fractal_block
 from fractal_kernels.schedule import schedule
 
 from . import drop_path
