@@ -18,15 +18,9 @@ from .schedule import Plan, Unit, everything, plan, runs, schedule
 _aten = torch.ops.aten
 
 
-def wide_is_faster(in_channels: int, channels: int, pixels: int) -> bool:
+def wide_is_faster(in_channels: int) -> bool:
     """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
     return in_channels < 128
-
-
-def _groups(units: tuple[Unit, ...], weight: Tensor, channels: int, pixels: int) -> list[tuple[Unit, ...]]:
-    if wide_is_faster(weight.shape[1], channels, pixels):
-        return runs(units)
-    return [(unit,) for unit in units]
 
 
 def _plan(columns: int, path: Tensor, dense: bool) -> Plan:
@@ -49,8 +43,10 @@ class _Rows:
         self.schedule = schedule(self.columns)
         self.plan = _plan(self.columns, path, dense)
 
-    def groups(self, row: int, weights: list[Tensor], pixels: int) -> list[tuple[Unit, ...]]:
-        return _groups(self.plan.live[row], weights[row], self.channels, pixels)
+    def groups(self, row: int, weights: list[Tensor]) -> list[tuple[Unit, ...]]:
+        """The units of a row that live, as the convs that they run in."""
+        units = self.plan.live[row]
+        return runs(units) if wide_is_faster(weights[row].shape[1]) else [(unit,) for unit in units]
 
     def offset(self, group: tuple[Unit, ...]) -> int:
         """Of a group's first channel in its row's wide weight."""
@@ -110,7 +106,8 @@ def _block_forward(
     fixed: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[out, live, mean, var, *saved]: saved is what _saved_names lists, or its full-size form where ``fixed``."""
+    """[out, live, mean, var, *saved]: saved is the joins, then per row the outputs and dropout masks of
+    its convs; where ``fixed``, of a size that does not depend on the path."""
     launch = backends.launcher(backend)
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
@@ -121,15 +118,9 @@ def _block_forward(
     if training:
         mean, var = x.new_zeros((units, channels), dtype=dtype), x.new_zeros((units, channels), dtype=dtype)
         count = x.new_empty(1, dtype=dtype)
-        alive = (
-            everything(rows.columns).units
-            if path.dim() == 3
-            else plan(rows.columns, tuple(path.flatten().tolist())).units
-        )
-        live[list(alive)] = 1
+        live[list(_plan(rows.columns, path, dense=False).units)] = 1
     assert mean is not None and var is not None
     vectors = _unbind(mean, var, gamma, beta)
-    pixels = x.shape[2] * x.shape[3]
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: dict[int, Tensor] = {}
     kept: list[Tensor] = []
@@ -138,7 +129,7 @@ def _block_forward(
     for row in range(rows.rows):
         outputs: list[Tensor] = []
         noises: list[Tensor] = []
-        groups = rows.groups(row, weights, pixels)
+        groups = rows.groups(row, weights)
         for group in groups:
             first, n = group[0].id, len(group)
             bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
@@ -219,7 +210,7 @@ def _block_backward(
     rows = _Rows(weights, channels, path, dense, flags)
     pixels = x.shape[2] * x.shape[3]
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-    joins, outputs, noises = _unpack(rows, weights, saved, pixels, bool(dropout) and batch_stats, fixed)
+    joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)
     ys: dict[int, Tensor] = {}
     dys: dict[int, Tensor] = {}
@@ -307,7 +298,7 @@ def _gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, .
 
 
 def _unpack(
-    rows: _Rows, weights: list[Tensor], saved: list[Tensor], pixels: int, noisy: bool, fixed: bool
+    rows: _Rows, weights: list[Tensor], saved: list[Tensor], noisy: bool, fixed: bool
 ) -> tuple[list[Tensor], list[list[tuple[tuple[Unit, ...], Tensor]]], list[list[Tensor]]]:
     """Joins by row, (group, output) by row, dropout masks by row, from what block_forward returned."""
     items = iter(saved)
@@ -315,7 +306,7 @@ def _unpack(
     joins = [next(items) if there else rows.path for there in kept]
     outputs, noises = [], []
     for row in range(rows.rows):
-        groups = rows.groups(row, weights, pixels)
+        groups = rows.groups(row, weights)
         parts: list[list[Tensor]] = []
         for _ in range(2 if noisy else 1):
             if fixed:

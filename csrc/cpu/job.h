@@ -40,9 +40,9 @@ struct Job {
 };
 
 // Runs units [begin, end). `partial` is scratch of accumulator type:
-//   kStats: branch `branch`, the mean relative to an origin: channels_last: count, mean[C], m2[C], origin[C] of these
-//   units
-//           together; contiguous: mean[units], m2[units], origin[units].
+//   kStats: of branch `branch`, the mean relative to an origin:
+//     channels_last: count, mean[C], m2[C], origin[C] of these units together;
+//     contiguous: mean[units], m2[units], origin[units].
 //   kReduce: channels_last: sum_dz, sum_dz*(y - mean): [k][2][C]; contiguous: [units][k][2].
 using RunFn = void (*)(const Job& job, int branch, int64_t begin, int64_t end, void* partial);
 
