@@ -35,6 +35,7 @@ struct Job {
   const void *offset, *slope;  // apply: dy = scale*dz + offset + slope*(y - mean)
   bool flat;                   // channels_last without per-channel parameters or gaps: a unit is one long row
   int64_t unit_rows, units_per_sample, units;
+  int64_t row_block;  // channels_last with parameters: rows that are taken together, one vector of channels at a time
 
   FRACTAL_HD bool live(int b, int64_t n) const { return mask == nullptr || mask[b * mask_k + n * mask_n]; }
 };

@@ -25,8 +25,9 @@ namespace {
 
 constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for the second pass of the statistics
 constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
-constexpr int64_t kBlockElements = 16384;
-constexpr int64_t kMaxBlocks = 256;  // partials of a reduction
+constexpr int64_t kBlockRows = 128;  // pixels that are worth a partial of a reduction: one costs about ten to merge
+constexpr int64_t kMaxBlocks = 256;
+constexpr int64_t kCacheBytes = 16 << 20;  // tensors up to this size together are taken to be in a cache
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -101,6 +102,10 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
     job.units_per_sample = job.Ho;
   else
     job.units_per_sample = (job.Wo + job.unit_rows - 1) / job.unit_rows;
+  // Out of a cache, rows together save most of the loads of parameters; from memory, nothing beats reading in order.
+  const int64_t tensors = kernel == Kernel::kApply ? 2 * k + 1 : k + 1;
+  const bool cached = job.N * job.H * job.W * bytes * tensors <= kCacheBytes;
+  job.row_block = bytes <= 128 ? 16 : cached ? 8 : 1;
   job.units = job.Wo * job.Ho == 0 ? 0 : job.N * job.units_per_sample;
   return job;
 }
@@ -114,8 +119,7 @@ Geometry geometry_of(const Tensor& y, bool pool) {
 struct Blocks {
   int64_t count, units;
   Blocks(const Job& job) : units(job.units) {
-    const int64_t elements = job.N * job.C * job.H * job.W * job.k;
-    count = std::min({units, kMaxBlocks, std::max<int64_t>(1, elements / kBlockElements)});
+    count = std::min({units, kMaxBlocks, std::max<int64_t>(1, job.N * job.H * job.W / kBlockRows)});
   }
   int64_t begin(int64_t block) const { return units * block / count; }
 };
@@ -191,15 +195,22 @@ void with_accumulator(DType dtype, const F& f) {
     f(float{});
 }
 
-// Merges the partials of one channel in the order of the blocks, in double: Chan, Golub, LeVeque 1983.
+// Merges partials, channels [C] at a time, in the order they come, in double: Chan, Golub, LeVeque 1983.
 struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-  void merge(double n, double other_mean, double other_m2) {
+  std::vector<double> count, mean, m2;
+  explicit Moments(int64_t C) : count(C), mean(C), m2(C) {}
+
+  // Of n values of channel c each, their mean relative to `origin` and sum of squared deviations.
+  template <class A>
+  void merge(int64_t first, int64_t channels, double n, const A* means, const A* origins, const A* m2s) {
     if (n == 0) return;
-    const double total = count + n, delta = other_mean - mean;
-    mean += delta * (n / total);
-    m2 += other_m2 + delta * delta * (count * n / total);
-    count = total;
+    const double total = count[first] + n, fraction = n / total, product = count[first] * fraction;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = double(means[c]) + origins[c] - mean[first + c];
+      mean[first + c] += delta * fraction;
+      m2[first + c] += m2s[c] + delta * delta * product;
+      count[first + c] = total;
+    }
   }
 };
 
@@ -221,21 +232,22 @@ void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& coun
       parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, b, begin, end, partial.data()); });
     auto* mean_out = static_cast<A*>(mean.data_ptr()) + b * C;
     auto* var_out = static_cast<A*>(var.data_ptr()) + b * C;
-    double total = 0;
+    Moments m(C);
+    if (job.channels_last)
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        const A* p = partial.data() + i * stride;
+        m.merge(0, C, p[0], p + 1, p + 1 + 2 * C, p + 1 + C);
+      }
+    else
+      for (int64_t u = 0; u < job.units; ++u) {  // units are (sample, channel)
+        const A* p = partial.data() + u;
+        if (job.live(b, u / C)) m.merge(u % C, 1, job.Wo, p, p + 2 * job.units, p + job.units);
+      }
     for (int64_t c = 0; c < C; ++c) {
-      Moments m;
-      if (job.channels_last)
-        for (int64_t i = 0; i < blocks.count; ++i) {
-          const A* p = partial.data() + i * stride;
-          if (p[0] > 0) m.merge(p[0], double(p[1 + c]) + p[1 + 2 * C + c], p[1 + C + c]);
-        }
-      else
-        for (int64_t n = 0; job.units > 0 && n < job.N; ++n)
-          if (const int64_t u = n * C + c; job.live(b, n))
-            m.merge(job.Wo, double(partial[u]) + partial[2 * job.units + u], partial[job.units + u]);
-      mean_out[c] = static_cast<A>(m.mean);
-      var_out[c] = m.count > 0 ? static_cast<A>(m.m2 / m.count) : A(0);
+      mean_out[c] = static_cast<A>(m.mean[c]);
+      var_out[c] = m.count[c] > 0 ? static_cast<A>(m.m2[c] / m.count[c]) : A(0);
     }
+    double total = 0;
     for (int64_t n = 0; n < job.N; ++n) total += job.live(b, n) ? job.Wo : 0;
     static_cast<A*>(count.data_ptr())[b] = static_cast<A>(total);
   }
@@ -270,23 +282,19 @@ void reduce_typed(const Job& job, const Params<A>& params, Tensor& sum_dz, Tenso
     });
   else
     parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, partial.data()); });
+  std::vector<double> total(2 * k * C);  // of the layout of a block's partial
+  if (job.channels_last)
+    for (int64_t i = 0; i < blocks.count; ++i)
+      for (int64_t j = 0; j < stride; ++j) total[j] += partial[i * stride + j];
+  else
+    for (int64_t u = 0; u < job.units; ++u)
+      for (int64_t j = 0; j < 2 * k; ++j) total[j * C + u % C] += partial[u * 2 * k + j];
   auto* dz = static_cast<A*>(sum_dz.data_ptr());
   auto* dzx = static_cast<A*>(sum_dzx.data_ptr());
   for (int64_t b = 0; b < k; ++b)
     for (int64_t c = 0; c < C; ++c) {
-      double s = 0, sx = 0;
-      if (job.channels_last)
-        for (int64_t i = 0; i < blocks.count; ++i) {
-          const A* p = partial.data() + i * stride + b * 2 * C + c;
-          s += p[0], sx += p[C];
-        }
-      else
-        for (int64_t n = 0; job.units > 0 && n < job.N; ++n) {
-          const A* p = partial.data() + ((n * C + c) * k + b) * 2;
-          s += p[0], sx += p[1];
-        }
-      dz[b * C + c] = static_cast<A>(s);
-      dzx[b * C + c] = static_cast<A>(sx * params.invstd[b * C + c]);
+      dz[b * C + c] = static_cast<A>(total[2 * b * C + c]);
+      dzx[b * C + c] = static_cast<A>(total[(2 * b + 1) * C + c] * params.invstd[b * C + c]);
     }
 }
 
