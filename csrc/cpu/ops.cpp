@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for the second pass of the statistics
 constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
-constexpr int64_t kBlockRows = 128;  // pixels that are worth a partial of a reduction: one costs about ten to merge
+constexpr int64_t kBlockRows = 128;    // pixels that are worth a partial of a reduction: one costs about ten to merge
 constexpr int64_t kMaxBlocks = 256;
 constexpr int64_t kCacheBytes = 16 << 20;  // tensors up to this size together are taken to be in a cache
 
