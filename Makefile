@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP
 STAMP := .venv/.stamp
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint bench docs wheel clean
+.PHONY: setup demo test lint bench aot interpret gpu docs wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -44,6 +44,18 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.report --run $(ARGS)
+
+# Every Triton kernel with every flag as machine code of two GPUs: registers, spills, width of loads. Half an hour.
+aot: $(STAMP)
+	FRACTAL_AOT=all $(PY) -m pytest -q tests/test_triton.py -k machine_code $(ARGS)
+
+# The whole operator suite on the Triton kernels, interpreted on the CPU. Half an hour; `make test` has the better part.
+interpret: $(STAMP)
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py $(ARGS)
+
+# The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --output runs/gpu $(ARGS)
 
 docs: $(STAMP)
 	$(PY) -m benchmarks.report --write

@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
-GROUPS = ("join", "step", "memory", "conv")
+GROUPS = ("join", "step", "memory", "conv", "gpu")
 
 
 class ReportError(Exception):

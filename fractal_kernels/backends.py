@@ -1,12 +1,14 @@
 """Which backend runs an op, and why one is not there.
 
 Precedence: the ``backend=`` argument, ``with use_backend(name)``, the environment variable ``FRACTAL_BACKEND``, then
-automatic. Automatic takes the fastest that is available for the device; a backend that was named never falls back.
+automatic. Automatic takes the fastest, by committed measurements, that is available for the device; a backend that was
+named never falls back.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,12 @@ import torch
 
 __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 
-NAMES = ("cpu", "reference")  # fastest first
+NAMES = (
+    "cpu",
+    "reference",
+    "triton",
+)  # in the order in which automatic tries them: triton is not measured on a GPU yet
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 _override: list[str] = []
 
 
@@ -44,6 +51,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _extension = _load()  # at import: torch.compile cannot trace an import
+_has_triton = importlib.util.find_spec("triton") is not None
+# Triton runs on the CPU, slowly and for tests, where its interpreter is switched on before Triton is imported.
+_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def extension() -> tuple[ModuleType | None, str]:
@@ -56,6 +66,8 @@ def launcher(name: str) -> Any:
     """The four launchers of a backend: ``channel_stats``, ``join_forward`` and the two of the backward."""
     if name == "reference":
         return importlib.import_module("fractal_kernels.reference")
+    if name == "triton":
+        return importlib.import_module("fractal_kernels.triton")
     assert name == "cpu" and extension()[0] is not None  # resolve() has seen to it
     return _CpuLaunchers()
 
@@ -73,6 +85,14 @@ def why_not(name: str, device_type: str | None = None) -> str:
     """Why a backend cannot be used (for this type of device), or an empty string."""
     if name == "reference":
         return ""
+    if name == "triton":
+        if not _has_triton:
+            return "Triton is not installed; on Linux: pip install triton"
+        if _interpreted or device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+            return ""
+        if device_type is None:
+            return "PyTorch sees no CUDA device"
+        return f"it runs on CUDA devices and the inputs are on {device_type}; move them, or use the backend 'reference'"
     if extension()[0] is None:
         return extension()[1]
     if device_type not in (None, "cpu"):
@@ -81,7 +101,7 @@ def why_not(name: str, device_type: str | None = None) -> str:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that work in this environment, fastest first.
+    """The backends that work in this environment, in the order in which automatic tries them.
 
     Example:
         >>> "reference" in available_backends()
@@ -118,8 +138,8 @@ def use_backend(name: str) -> Iterator[None]:
         _override.pop()
 
 
-def resolve(op: str, backend: str | None, device_type: str) -> str:
-    """The backend that runs ``op`` for inputs on this type of device."""
+def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs ``op`` for inputs of this dtype on this type of device."""
     if backend is not None:
         argument, name = "backend", backend
     elif _override:
@@ -130,4 +150,8 @@ def resolve(op: str, backend: str | None, device_type: str) -> str:
         return next(name for name in NAMES if not why_not(name, device_type))
     if reason := why_not(_known(op, argument, name), device_type):
         raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
+    if name == "triton" and dtype not in HALF_AND_SINGLE:
+        names = ", ".join(str(d).removeprefix("torch.") for d in HALF_AND_SINGLE)
+        got = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: expected inputs of dtype {names} on the backend 'triton', got {got}")
     return name

@@ -27,10 +27,10 @@ def _plan(columns: int, path: Tensor, dense: bool) -> Plan:
     return everything(columns) if dense or path.dim() == 3 else plan(columns, tuple(path.flatten().tolist()))
 
 
-def _join_mask(path: Tensor, dense: bool, row: int, joined: tuple[Unit, ...]) -> Tensor | None:
+def _join_mask(path: Tensor, dense: bool, row: int, joined: tuple[Unit, ...], device: torch.device) -> Tensor | None:
     """The mask of a join whose dropped branches did run: per sample, or dense execution."""
     if path.dim() == 3 or dense:
-        return path[row, joined[0].column :]
+        return path[row, joined[0].column :].to(device)
     return None
 
 
@@ -118,7 +118,8 @@ def _block_forward(
     if training:
         mean, var = x.new_zeros((units, channels), dtype=dtype), x.new_zeros((units, channels), dtype=dtype)
         count = x.new_empty(1, dtype=dtype)
-        live[list(_plan(rows.columns, path, dense=False).units)] = 1
+        for group in (g for row in _plan(rows.columns, path, dense=False).live for g in runs(row)):
+            live[group[0].id : group[-1].id + 1].fill_(1)  # no index tensor: it would be copied from the host
     assert mean is not None and var is not None
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
@@ -157,7 +158,7 @@ def _block_forward(
             pool = last and Flags(flags).pool
             source = empty(pooled(shape) if pool else shape, x, True)
             norm = rows.norm(joined, vectors)
-            mask = _join_mask(path, dense, row, joined)
+            mask = _join_mask(path, dense, row, joined, x.device)
             launch.join_forward(source, [ys[u.id] for u in joined], mask, *norm, eps, rows.join_flags(row), True)
             for unit in joined:
                 del ys[unit.id]
@@ -234,7 +235,7 @@ def _block_backward(
             position -= len(joined)
             dz, dzx = (s[position : position + len(joined)] for s in sums)
             norm = rows.norm(joined, vectors)
-            mask = _join_mask(path, dense, row, joined)
+            mask = _join_mask(path, dense, row, joined, x.device)
             g, y_list, code = to_layout(d, True), [ys[u.id] for u in joined], rows.join_flags(row)
             if batch_stats or gamma is not None:
                 launch.join_backward_reduce(dz, dzx, g, y_list, mask, *norm, eps, code, True)
@@ -247,7 +248,7 @@ def _block_backward(
         before = rows.plan.joins[row - 1] if row > 0 else ()
         if before and not rows.keeps_join(row - 1):
             source = empty(shape, x, True)
-            mask, code = _join_mask(path, dense, row - 1, before), rows.join_flags(row - 1)
+            mask, code = _join_mask(path, dense, row - 1, before, x.device), rows.join_flags(row - 1)
             launch.join_forward(source, [ys[u.id] for u in before], mask, *rows.norm(before, vectors), eps, code, True)
         needs = row > 0 or needs_x
         total: Tensor | None = None
@@ -274,10 +275,11 @@ def _block_backward(
         dweights[row] = _gather_weight(weights[row], dweights[row], parts, rows)
         if total is not None:
             d = total
-    dgamma, dbeta = (x.new_empty(0) if p is None else torch.zeros_like(mean) for p in (gamma, beta))
-    for p, out, s in ((gamma, dgamma, sums[1]), (beta, dbeta, sums[0])):
-        if p is not None:
-            out[order] = s
+    zero, at = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
+    dgamma, dbeta = (
+        x.new_empty(0) if p is None else torch.stack([s[at[u]] if u in at else zero for u in range(units)])
+        for p, s in ((gamma, sums[1]), (beta, sums[0]))
+    )
     return [to_layout(d, True) if needs_x else x.new_empty(0), *dweights, dconv_bias, dgamma, dbeta]
 
 

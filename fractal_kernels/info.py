@@ -31,7 +31,7 @@ def report() -> str:
         reason = backends.why_not(name)
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
     if torch.cuda.is_available():
-        lines.append("CUDA device: this version has no CUDA backend; ops on CUDA tensors use the reference backend")
+        lines.append("CUDA device: ops on its tensors use the backend 'reference' unless 'triton' is named")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,9 @@ from fractal_kernels.library import Flags
 from fractal_kernels.ops.join import _PlainJoin
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPE = (4, 5, 6, 7)  # no multiple of any vector, and an odd width
+# No multiple of any vector, and an odd width; fewer tiles where Triton's interpreter takes a millisecond for each step.
+SHAPE = (3, 5, 4, 5) if os.environ.get("TRITON_INTERPRET") == "1" else (4, 5, 6, 7)
+WIDEST = torch.float64  # of the backend under test: what a test that asks for float64 gets
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,21 @@ def channels_last(t: Tensor) -> Tensor:
 def channel_slice(t: Tensor) -> Tensor:
     """Channels 3 .. 3 + C of a wider channels_last buffer, whose other channels hold NaN."""
     n, c, *rest = t.shape
-    buffer = torch.full((n, *rest, c + 5), float("nan"), dtype=t.dtype)
+    buffer = torch.full((n, *rest, c + 5), float("nan"), dtype=t.dtype, device=t.device)
     view = buffer[..., 3 : 3 + c].movedim(-1, 1)
     return view.copy_(t)
 
 
 def contiguous_slice(t: Tensor) -> Tensor:
     n, c, *rest = t.shape
-    view = torch.full((n, c + 2, *rest), float("nan"), dtype=t.dtype)[:, 1 : 1 + c]
+    buffer = torch.full((n, c + 2, *rest), float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[:, 1 : 1 + c]
     return view.copy_(t)
 
 
 def every_second(t: Tensor) -> Tensor:
-    view = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype)[..., 1::2]
+    buffer = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype, device=t.device)
+    view = buffer[..., 1::2]
     return view.copy_(t)
 
 
@@ -155,11 +160,16 @@ class Data:
         )
 
 
+def device() -> torch.device:
+    """Where tests make their tensors; random numbers are drawn on the CPU, the same for every device."""
+    return torch.get_default_device()
+
+
 def draw_mask(kind: str, k: int, n: int, generator: torch.Generator) -> Tensor | None:
     """Masks with dropped branches and, per sample, one sample that lost all of them."""
     if kind == "none":
         return None
-    mask = torch.rand((k,) if kind == "batch" else (k, n), generator=generator) < 0.6
+    mask = (torch.rand((k,) if kind == "batch" else (k, n), generator=generator, device="cpu") < 0.6).to(device())
     if kind == "batch":
         mask[0] = True
     elif n:
@@ -175,12 +185,13 @@ def draw(
     seed: int = 0,
     grad_layout: str | None = None,
 ) -> Data:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     channels = shape[1]
+    dtype = WIDEST if dtype == torch.float64 else dtype
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+        return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(device())
 
     def vectors(at: float, by: float) -> list[Tensor]:
         return [(at + by * normal(channels)).to(parameters) for _ in range(case.k)]

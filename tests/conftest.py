@@ -5,24 +5,37 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import cases
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-from fractal_kernels import available_backends
+from fractal_kernels import available_backends, backends
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a machine with a GPU and no network
+    settings = None
+    collect_ignore = ["test_properties.py"]
 
 BACKENDS = ("reference", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THREADS = 2
 
-settings.register_profile(
-    "fractal",
-    deadline=None,
-    derandomize=True,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("fractal")
+if settings is not None:
+    settings.register_profile(
+        "fractal",
+        deadline=None,
+        derandomize=True,
+        max_examples=40,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("fractal")
+
+
+def pytest_report_header() -> str:
+    return "" if settings else "test_properties.py left out: hypothesis is not installed"
 
 
 def _poison() -> None:
@@ -34,6 +47,18 @@ def _poison() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     _poison()
     torch.set_num_threads(THREADS)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th of the tests, from the I-th")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Most of a test's time on Triton is compiling or interpreting: several processes share the suite."""
+    first, of = map(int, config.getoption("--shard").split("/"))
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != first])
+    items[:] = items[first::of]
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +76,38 @@ def need_backend(name: str) -> None:
     """Fails without the extension, so that a broken build is never green; FRACTAL_TEST_NO_EXTENSION=1 allows it."""
     if name in available_backends():
         return
+    if name == "triton":
+        pytest.fail(f"backend 'triton' is not available: {backends.why_not(name)}; deselect its tests: -m 'not gpu'")
     if os.environ.get("FRACTAL_TEST_NO_EXTENSION") == "1":
         pytest.skip(f"backend {name!r} is not available and FRACTAL_TEST_NO_EXTENSION=1")
     pytest.fail(f"backend {name!r} is not available; build the extension, or set FRACTAL_TEST_NO_EXTENSION=1")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    need_backend(request.param)
-    return str(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take a backend run on all of them; those of modules with ``TRITON = True`` on a GPU's too."""
+    if "backend" in metafunc.fixturenames:
+        gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if getattr(metafunc.module, "TRITON", False) else []
+        metafunc.parametrize("backend", [*BACKENDS, *gpu], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_backend(str(request.param)) as name:
+        yield name
+
+
+@contextmanager
+def on_backend(name: str) -> Iterator[str]:
+    """Whatever is made without a device is made where this backend runs, and no wider than it takes."""
+    need_backend(name)
+    if name == "triton":
+        cases.WIDEST = torch.float32
+        torch.set_default_device("cpu" if INTERPRETED else "cuda")
+    try:
+        yield name
+    finally:
+        cases.WIDEST = torch.float64
+        torch.set_default_device("cpu")
 
 
 @pytest.fixture

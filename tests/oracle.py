@@ -54,7 +54,11 @@ def join(
     """The output and the new running statistics; with ``normalise=False`` a join of the inputs as they are."""
     k, n = len(inputs), inputs[0].shape[0]
     per_sample = mask is not None and mask.dim() == 2
-    keep = torch.ones(k, n, dtype=torch.bool) if mask is None else (mask != 0).view(k, -1).expand(k, n)
+    keep = (
+        torch.ones(k, n, dtype=torch.bool, device=inputs[0].device)
+        if mask is None
+        else (mask != 0).view(k, -1).expand(k, n)
+    )
     weights, biases = list(weights or [None] * k), list(biases or [None] * k)
     new_means, new_vars = list(running_means or [None] * k), list(running_vars or [None] * k)
     from_batch = normalise and (training or new_means[0] is None)

@@ -36,7 +36,7 @@ def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str
 
 
 def test_available_backends(cpu_backend):
-    assert available_backends() == ("cpu", "reference")
+    assert available_backends()[:2] == ("cpu", "reference")
     assert all(not backends.why_not(name) for name in available_backends())
 
 
@@ -73,7 +73,7 @@ def test_public_names():
 
 WORKS = """
 from fractal_kernels import info
-assert fk.available_backends() == ("reference",)
+assert fk.available_backends()[0] == "reference"
 ys = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2)]
 fk.masked_mean_join(ys, torch.tensor([True, False])).sum().backward()
 fk.bn_relu_join(ys, None, None, None, None, training=True, pool="before").sum().backward()

@@ -223,16 +223,17 @@ def test_use_backend_is_undone_by_an_exception():
 
 
 def test_unknown_backends(monkeypatch):
-    with pytest.raises(fk.BackendUnavailable, match="use_backend: expected name one of cpu, reference, got 'x'"):
+    known = "one of cpu, reference, triton, got 'x'"
+    with pytest.raises(fk.BackendUnavailable, match=f"use_backend: expected name {known}"):
         with fk.use_backend("x"):
             pass
     monkeypatch.setenv("FRACTAL_BACKEND", "x")
-    with pytest.raises(fk.BackendUnavailable, match="expected FRACTAL_BACKEND one of cpu, reference, got 'x'"):
+    with pytest.raises(fk.BackendUnavailable, match=f"expected FRACTAL_BACKEND {known}"):
         fk.masked_mean_join(YS)
 
 
 def test_named_backend_never_falls_back(ran, no_extension, monkeypatch):
-    assert fk.available_backends() == ("reference",)
+    assert "cpu" not in fk.available_backends()
     for op, call in (
         ("masked_mean_join", lambda **k: fk.masked_mean_join(YS, **k)),
         ("bn_relu_join", lambda **k: join(**k)),

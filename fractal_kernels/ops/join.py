@@ -129,7 +129,7 @@ def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, ba
     op = "masked_mean_join"
     ys = checks.branches(op, inputs)
     mask = checks.mask(op, mask, ys)
-    backend = backends.resolve(op, backend, ys[0].device.type)
+    backend = backends.resolve(op, backend, ys[0].device.type, ys[0].dtype)
     return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -148,7 +148,7 @@ def normalised_join(
     backend: str | None,
 ) -> Tensor:
     """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
-    backend = backends.resolve(op, backend, ys[0].device.type)
+    backend = backends.resolve(op, backend, ys[0].device.type, ys[0].dtype)
     k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
     checks.momentum(op, momentum, ys)
     batch_stats = training or running_means[0] is None

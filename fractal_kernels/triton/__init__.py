@@ -1,0 +1,194 @@
+"""The Triton backend: launchers of the kernels in ``kernels.py``.
+
+Every launch goes to the current stream of the inputs' device, reads no device memory on the host and allocates through
+PyTorch only, so it can be captured in a CUDA graph. Sums are the same bits on every run on one kind of device: their
+order depends on shapes and the number of its multiprocessors.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..library import Flags
+from . import config, kernels
+
+__all__ = ["channel_stats", "join_backward_apply", "join_backward_reduce", "join_forward"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+MOST = 2**31 - 2**16  # pixels of a sample: a tile's are counted in 32 bits
+List = list[Tensor]
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return nullcontext() if INTERPRETED or device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _pixels(t: Tensor) -> int:
+    return t[0, 0].numel() if t.shape[0] and t.shape[1] else 0
+
+
+def _strides(tensors: List, pool: bool) -> tuple[tuple[int, ...], ...]:
+    """Of samples, channels, rows (with pooling) and pixels, in elements: a tuple each."""
+    rows = []
+    for t in tensors:
+        last = next((t.stride(d) for d in range(t.dim() - 1, 1, -1) if t.shape[d] > 1), 1)
+        rows.append((t.stride(0), t.stride(1), *((t.stride(2), t.stride(3)) if pool else (0, last))))
+    return tuple(zip(*rows, strict=True))
+
+
+def _is_wide(tensors: List) -> bool:
+    """Whether an offset may pass 2**31."""
+    return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - 2**16 for t in tensors)
+
+
+class _Call:
+    """What every kernel is told of a call: geometry, tile, grid and flags."""
+
+    def __init__(
+        self, y: Tensor, branches: int, mask: Tensor | None, flags: int, channels_last: bool, edges: bool = False
+    ) -> None:
+        f = Flags(flags)
+        self.pool, self.channels, self.channels_last = f.pool, y.shape[1], channels_last
+        height, width = (y.shape[2], y.shape[3]) if f.pool else (1, _pixels(y))
+        step, more = (2, int(edges)) if f.pool else (1, 0)  # edges: windows that are cut off too
+        width_out, height_out = (width + more) // step, (height + more) // step
+        self.count = y.shape[0] * height_out * width_out
+        if max(height * width, self.channels) > MOST:
+            raise ValueError(
+                f"expected inputs of at most {MOST} pixels and channels on the backend 'triton', got {y.shape}"
+            )
+        # No division by zero on the device where there is nothing to do.
+        self.geometry = (self.count, max(height_out * width_out, 1), max(width_out, 1), height, width, self.channels)
+        self.tile = config.tile(branches, 4 if f.pool else 1, y.element_size(), self.channels, channels_last)
+        self.mask = y if mask is None else mask.view(torch.uint8)
+        self.mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.dim() == 2 else 0)
+        self.constants: dict[str, Any] = {"K": branches, "MASK": mask is not None, "CL": channels_last}
+        self.constants |= {"BP": self.tile.sites, "BC": self.tile.channels, "num_warps": config.WARPS}
+        self.flags = {
+            "SUM": Flags.SUM in f,
+            "RELU_BRANCH": Flags.RELU_BRANCH in f,
+            "RELU_OUTPUT": Flags.RELU_OUTPUT in f,
+            "POOL_BEFORE": Flags.POOL_BEFORE in f,
+            "POOL_AFTER": Flags.POOL_AFTER in f,
+        }
+
+    def grid(self, device: torch.device, per_processor: int) -> tuple[int, int]:
+        blocks = triton.cdiv(self.channels, self.tile.channels)
+        tiles = triton.cdiv(self.count, self.tile.sites)
+        return max(1, min(tiles, triton.cdiv(_processors(device) * per_processor, blocks))), max(1, blocks)
+
+
+def _norm(ys: List, means: List, vars: List, weights: List, biases: List) -> tuple[tuple[Tensor, ...], ...]:
+    """As the kernels take them; what is not there stands for itself by a tensor that is not read."""
+    return tuple(tuple(t or ys) for t in (means, vars, weights, biases))
+
+
+def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
+    call = _Call(ys[0], len(ys), mask, 0, channels_last)
+    k, device, channels = len(ys), ys[0].device, call.channels
+    programs, blocks = call.grid(device, config.REDUCERS_PER_PROCESSOR)
+    partial = mean.new_empty((programs, k, 3, channels))
+    numbers = mean.new_empty((programs, k))
+    with _on(device):
+        kernels.channel_stats[(programs, blocks)](
+            partial, numbers, tuple(ys), call.mask, *_strides(ys, False), *call.mask_strides, call.count,
+            call.geometry[1], channels, WIDE=_is_wide(ys), **call.constants,
+        )  # fmt: skip
+        tile = config.merge(channels)
+        kernels.merge_stats[(k, triton.cdiv(channels, tile.channels))](
+            mean, var, count, partial, numbers, programs, channels, K=k, BG=tile.sites, BC=tile.channels
+        )
+
+
+def join_forward(
+    out: Tensor,
+    ys: List,
+    mask: Tensor | None,
+    means: List,
+    vars: List,
+    weights: List,
+    biases: List,
+    eps: float,
+    flags: int,
+    channels_last: bool,
+) -> None:
+    call = _Call(ys[0], len(ys), mask, flags, channels_last)
+    with _on(out.device):
+        kernels.join_forward[call.grid(out.device, config.PROGRAMS_PER_PROCESSOR)](
+            out, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
+            *_one(out, call.pool), *call.mask_strides, *call.geometry, eps, NORM=bool(means), HAS_W=bool(weights),
+            HAS_B=bool(biases), WIDE=_is_wide([out, *ys]), **call.constants, **call.flags,
+        )  # fmt: skip
+
+
+def join_backward_reduce(
+    sum_dz: Tensor,
+    sum_dzx: Tensor,
+    grad: Tensor,
+    ys: List,
+    mask: Tensor | None,
+    means: List,
+    vars: List,
+    weights: List,
+    biases: List,
+    eps: float,
+    flags: int,
+    channels_last: bool,
+) -> None:
+    call = _Call(ys[0], len(ys), mask, flags, channels_last)
+    k, channels = len(ys), call.channels
+    programs, blocks = call.grid(grad.device, config.REDUCERS_PER_PROCESSOR)
+    partial = sum_dz.new_empty((programs, 2 * k, channels))
+    with _on(grad.device):
+        kernels.join_backward_reduce[(programs, blocks)](
+            partial, grad, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
+            *_one(grad, call.pool), *call.mask_strides, *call.geometry, eps, HAS_W=bool(weights), HAS_B=bool(biases),
+            WIDE=_is_wide([grad, *ys]), **call.constants, **call.flags,
+        )  # fmt: skip
+        tile = config.merge(channels)
+        kernels.merge_sums[(2 * k, triton.cdiv(channels, tile.channels))](
+            sum_dz, sum_dzx, partial, programs, channels, K=k, BG=tile.sites, BC=tile.channels
+        )
+
+
+def join_backward_apply(
+    dys: List,
+    grad: Tensor,
+    ys: List,
+    mask: Tensor | None,
+    means: List,
+    vars: List,
+    weights: List,
+    biases: List,
+    sums: List,
+    eps: float,
+    flags: int,
+    channels_last: bool,
+) -> None:
+    call = _Call(dys[0], len(dys), mask, flags, channels_last, edges=True)
+    per_sample = mask is not None and mask.dim() == 2
+    inputs = ys or dys  # the gradient of a plain mean does not depend on its inputs
+    with _on(grad.device):
+        kernels.join_backward_apply[call.grid(grad.device, config.PROGRAMS_PER_PROCESSOR)](
+            tuple(dys), grad, tuple(inputs), call.mask, *_norm(inputs, means, vars, weights, biases),
+            *(sums or [grad] * 3), *_strides(inputs, call.pool), *_strides(dys, call.pool), *_one(grad, call.pool),
+            *call.mask_strides, *call.geometry, eps, NORM=bool(means), BATCH=bool(sums),
+            ALL=bool(sums) and per_sample and not flags & Flags.STATS_LIVE, READS=bool(ys), HAS_W=bool(weights),
+            HAS_B=bool(biases), WIDE=_is_wide([grad, *inputs, *dys]), **call.constants, **call.flags,
+        )  # fmt: skip
+
+
+def _one(t: Tensor, pool: bool) -> tuple[int, ...]:
+    return tuple(s for (s,) in _strides([t], pool))

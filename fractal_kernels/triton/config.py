@@ -1,0 +1,40 @@
+"""Tile sizes. A change of them changes the order of sums, so that they depend on shapes and types alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WARPS = 4
+PROGRAMS_PER_PROCESSOR = 8  # of the elementwise kernels; a reduction writes a partial for each, so it takes fewer
+REDUCERS_PER_PROCESSOR = 2
+
+
+class Tile(NamedTuple):
+    sites: int
+    channels: int
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tile(branches: int, elements: int, itemsize: int, channels: int, channels_last: bool) -> Tile:
+    """Sites and channels of a program, so that a thread holds one load of each branch: 128 bits up to 3 branches.
+
+    Args:
+        branches: how many are held in registers at once.
+        elements: of a branch in a site, 4 with pooling.
+    """
+    per_thread = 16 // itemsize
+    most = 48 if elements > 1 and channels_last else 24  # values in registers: what keeps every kernel free of spills
+    while per_thread > 1 and per_thread * branches * elements > most:
+        per_thread //= 2
+    size = 32 * WARPS * per_thread
+    wide = min(power_of_two(channels), 128) if channels_last else 1
+    return Tile(size // wide, wide)
+
+
+def merge(channels: int) -> Tile:
+    """Partials and channels that a program of a merge takes at once."""
+    wide = min(power_of_two(channels), 64)
+    return Tile(1024 // wide, wide)

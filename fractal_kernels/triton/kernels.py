@@ -1,0 +1,232 @@
+"""The device code of the four kernels and of the merges of their partials; one source for both layouts.
+
+A tensor is a matrix of sites (pixels of all samples; with pooling, windows of 2x2) by channels. A program owns BC
+channels and walks tiles of BP sites, ``tile, tile + programs, ...``; parameters and sums of its channels stay in
+registers. In channels_last channels are contiguous, else pixels are, and the compiler orders the threads accordingly.
+Passes: each live y once, each output once. What a mask drops is not loaded: the loads are predicated, per site. WIDE:
+64-bit offsets. Arithmetic is float32; sums go to one partial per program and are merged in the order of the programs,
+without atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from .maths import (
+    accumulate,
+    all_live,
+    all_of,
+    all_offsets,
+    all_parameters,
+    all_values,
+    all_within,
+    channels,
+    corrections,
+    join_weight,
+    maxima,
+    offset,
+    relu,
+    site_gradients,
+    sites,
+    total,
+    totals,
+    window_max,
+    within,
+)
+
+
+@triton.jit
+def channel_stats(partial, numbers, ys, mask, y_sn, y_sc, y_sh, y_sp, mk, mn, count, pixels, C, K: tl.constexpr,
+                  MASK: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+                  ):  # fmt: skip
+    """partial[program, b] = origin, mean - origin and sum of squared deviations, numbers[program, b] = how many values.
+    Grid: (programs, channel blocks). Reads k tensors. Welford per site of the tile, relative to that site's first
+    value; then Chan's merge over the sites."""
+    c = channels(BC, WIDE)
+    for b in tl.static_range(K):
+        origin = tl.zeros([BP, BC], tl.float32)
+        mean = tl.zeros([BP, BC], tl.float32)
+        m2 = tl.zeros([BP, BC], tl.float32)
+        number = tl.zeros([BP, 1], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+            there, n, h, p = sites(tile, count, pixels, 1, BP, False, WIDE)
+            if MASK:
+                there = there & (tl.load(mask + b * mk + n * mn, there, other=0) != 0)
+            off = offset(n, h, p, y_sn[b], y_sh[b], y_sp[b], 1, not CL) + within(c, y_sc[b], CL)
+            v = tl.load(ys[b] + off, there & (c < C), other=0.0).to(tl.float32)
+            origin = tl.where(number == 0, v, origin)  # zero as long as no value came
+            number += there.to(tl.float32)
+            v = tl.where(there, v - origin, mean)
+            delta = v - mean
+            mean += delta * (1.0 / tl.maximum(number, 1.0))  # a division for each site, not for each value
+            m2 += delta * (v - mean)
+        n_all = tl.sum(number, 0, keep_dims=True)
+        base = tl.max(tl.where(number > 0, origin, float("-inf")), 0, keep_dims=True)
+        base = tl.where(n_all > 0, base, 0.0)
+        mean = tl.where(number > 0, origin - base + mean, 0.0)
+        inverse = 1.0 / tl.maximum(n_all, 1.0)
+        mean_all = tl.sum(mean * number, 0, keep_dims=True) * inverse
+        m2 = tl.sum(m2 + number * (mean - mean_all) * (mean - mean_all), 0, keep_dims=True)
+        row = tl.program_id(0).to(tl.int64) * K + b
+        tl.store(partial + 3 * row * C + c, base, c < C)
+        tl.store(partial + (3 * row + 1) * C + c, mean_all, c < C)
+        tl.store(partial + (3 * row + 2) * C + c, m2, c < C)
+        tl.store(numbers + row + tl.zeros([1, 1], tl.int32), n_all)
+
+
+@triton.jit
+def join_forward(out, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, y_sp, o_sn, o_sc, o_sh, o_sp, mk, mn,
+                 count, pixels, width, H, W, C, eps,
+                 K: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
+                 SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr, POOL_BEFORE: tl.constexpr,
+                 POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+                 ):  # fmt: skip
+    """out = act(pool(weight * sum_b pool(act(z_b)))). Grid as above. Moves k+1 tensors."""
+    NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
+    c = channels(BC, WIDE)
+    ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
+        lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
+        reads = all_within(lives, c < C, K)
+        weight = join_weight(live_count, K, MASK, SUM)
+        zs, ds = all_values(ys, offs, reads, ms, scales, shifts, y_sh, y_sp, h, w, H, W, K, NP, NORM, CL)
+        if POOL_BEFORE:
+            j = total(maxima(zs, K), lives, 0, weight, K, 1, MASK, RELU_BRANCH)
+        elif POOL_AFTER:
+            j = window_max(totals(zs, lives, weight, K, MASK, RELU_BRANCH), 0)
+        else:
+            j = total(zs, lives, 0, weight, K, 1, MASK, RELU_BRANCH)
+        j = relu(j) if RELU_OUTPUT else j
+        to = offset(n, h, w, o_sn, o_sh, o_sp, 1, not CL) + within(c, o_sc, CL)
+        tl.store(out + to, j.to(out.dtype.element_ty), there & (c < C))
+
+
+@triton.jit
+def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, y_sp, o_sn, o_sc,
+                         o_sh, o_sp, mk, mn, count, pixels, width, H, W, C, eps,
+                         K: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
+                         SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr,
+                         POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr,
+                         BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """partial[program, 2b] = sum dz_b, [program, 2b + 1] = sum dz_b*xhat_b. Grid as above. Reads k+1 tensors."""
+    NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
+    c = channels(BC, WIDE)
+    ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, True, HAS_W, HAS_B)
+    sums = ()
+    for _ in tl.static_range(2 * K):
+        sums = sums + (tl.zeros([BP, BC], tl.float32),)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
+        lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
+        reads = all_within(lives, c < C, K)
+        weight = join_weight(live_count, K, MASK, SUM)
+        at = offset(n, h, w, o_sn, o_sh, o_sp, 1, not CL) + within(c, o_sc, CL)
+        g = tl.load(grad + at, there & (c < C), other=0.0).to(tl.float32)
+        zs, ds = all_values(ys, offs, reads, ms, scales, shifts, y_sh, y_sp, h, w, H, W, K, NP, True, CL)
+        dzs = site_gradients(zs, g, lives, weight, K, MASK, RELU_BRANCH, RELU_OUTPUT, POOL_BEFORE, POOL_AFTER)
+        sums = accumulate(sums, dzs, ds, lives, K, NP, MASK)
+    to = partial + tl.program_id(0).to(tl.int64) * (2 * K * C) + c
+    for b in tl.static_range(K):
+        tl.store(to + 2 * b * C, tl.sum(sums[2 * b], 0, keep_dims=True), c < C)
+        tl.store(to + (2 * b + 1) * C, tl.sum(sums[2 * b + 1], 0, keep_dims=True) * invstds[b], c < C)
+
+
+@triton.jit
+def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_dz, sum_dzx, counts, y_sn, y_sc, y_sh,
+                        y_sp, d_sn, d_sc, d_sh, d_sp, o_sn, o_sc, o_sh, o_sp, mk, mn, count, pixels, width, H, W, C,
+                        eps, K: tl.constexpr, NORM: tl.constexpr, BATCH: tl.constexpr, ALL: tl.constexpr,
+                        READS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
+                        SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr,
+                        POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr,
+                        BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """dy = scale*(dz - sum_dz/n - xhat*sum_dzx/n), the last two with batch statistics only. Grid as above, over windows
+    that may be cut off by the edge, of which no output came. Reads k+1 tensors (READS: of a plain mean one), writes k.
+    ALL: the statistics ran over dropped samples too, which therefore have a gradient."""
+    NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
+    c = channels(BC, WIDE)
+    ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
+    centres, slopes = corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K, BATCH)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
+        weight = join_weight(live_count, K, MASK, SUM)
+        whole = there & (c < C)
+        if NP == 4:
+            whole = whole & (2 * h + 1 < H) & (2 * w + 1 < W)
+        at = offset(n, h, w, o_sn, o_sh, o_sp, 1, not CL) + within(c, o_sc, CL)
+        g = tl.load(grad + at, whole, other=0.0).to(tl.float32)
+        if READS:
+            offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
+            reads = all_within(all_of(there, K) if ALL else lives, c < C, K)
+            zs, ds = all_values(ys, offs, reads, ms, scales, shifts, y_sh, y_sp, h, w, H, W, K, NP, NORM, CL)
+            dzs = site_gradients(zs, g, lives, weight, K, MASK, RELU_BRANCH, RELU_OUTPUT, POOL_BEFORE, POOL_AFTER)
+        else:
+            dzs = all_of(g * weight, K)
+            ds = dzs
+        tos = all_offsets(n, h, w, c, d_sn, d_sc, d_sh, d_sp, K, 2 if NP == 4 else 1, CL)
+        for b in tl.static_range(K):
+            for e in tl.static_range(NP):
+                v = tl.where(lives[b], dzs[b * NP + e], 0.0) if MASK else dzs[b * NP + e]
+                v = v * scales[b] if NORM else v
+                ok = there & (c < C)
+                if BATCH:
+                    v += centres[b] + slopes[b] * ds[b * NP + e]
+                    v = v if ALL or not MASK else tl.where(lives[b], v, 0.0)
+                if NP == 4:
+                    ok = ok & (2 * h + e // 2 < H) & (2 * w + e % 2 < W)
+                step = (e // 2) * d_sh[b] + (e % 2) * (d_sp[b] if CL else 1)
+                tl.store(dys[b] + (tos[b] + step), v.to(dys[b].dtype.element_ty), ok)
+
+
+@triton.jit
+def merge_stats(mean, var, counts, partial, numbers, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
+    """Chan's merge of the partials in the order of the programs. Grid: (branch, channel blocks)."""
+    b = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    base = tl.zeros([1, BC], tl.float32)
+    number = tl.zeros([1, 1], tl.float32)
+    mean_all = tl.zeros([1, BC], tl.float32)
+    m2_all = tl.zeros([1, BC], tl.float32)
+    for first in range(0, programs, BG):
+        g = first + tl.arange(0, BG)[:, None]
+        row = g * K + b
+        there = g < programs
+        n = tl.load(numbers + row, there, other=0.0)
+        inside = there & (c < C)
+        origin = tl.load(partial + 3 * row * C + c, inside, other=0.0)
+        part = tl.load(partial + (3 * row + 1) * C + c, inside, other=0.0)
+        m2 = tl.load(partial + (3 * row + 2) * C + c, inside, other=0.0)
+        if first == 0:
+            base = tl.sum(tl.where(g == 0, origin, 0.0), 0, keep_dims=True)
+        n_sum = tl.sum(n, 0, keep_dims=True)
+        part = tl.where(n > 0, origin - base + part, 0.0)
+        inverse = 1.0 / tl.maximum(n_sum, 1.0)
+        part_all = tl.sum(part * n, 0, keep_dims=True) * inverse
+        m2_part = tl.sum(tl.where(n > 0, m2 + n * (part - part_all) * (part - part_all), 0.0), 0, keep_dims=True)
+        merged = tl.maximum(number + n_sum, 1.0)
+        delta = part_all - mean_all
+        mean_all += delta * (n_sum / merged)
+        m2_all += m2_part + delta * delta * (number * (n_sum / merged))
+        number += n_sum
+    tl.store(mean + b * C + c, base + mean_all, c < C)
+    tl.store(var + b * C + c, m2_all / tl.maximum(number, 1.0), c < C)
+    if tl.program_id(1) == 0:
+        tl.store(counts + b + tl.zeros([1, 1], tl.int32), number)
+
+
+@triton.jit
+def merge_sums(sum_dz, sum_dzx, partial, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
+    """Sums of the partials in the order of the programs. Grid: (2k, channel blocks)."""
+    i = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    s = tl.zeros([BG, BC], tl.float32)
+    for first in range(0, programs, BG):
+        g = first + tl.arange(0, BG)[:, None]
+        s += tl.load(partial + (g * (2 * K) + i) * C + c, (g < programs) & (c < C), other=0.0)
+    out = tl.sum(s, 0, keep_dims=True)
+    if i % 2 == 0:
+        tl.store(sum_dz + (i // 2) * C + c, out, c < C)
+    else:
+        tl.store(sum_dzx + (i // 2) * C + c, out, c < C)
