@@ -21,7 +21,7 @@ from . import config, kernels
 __all__ = ["channel_stats", "join_backward_apply", "join_backward_reduce", "join_forward"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-MOST = 2**31 - 2**16  # pixels of a sample: a tile's are counted in 32 bits
+MOST = 2**31 - 2**16  # pixels of a sample: those of a tile are counted in 32 bits
 List = list[Tensor]
 
 
@@ -65,10 +65,8 @@ class _Call:
         step, more = (2, int(edges)) if f.pool else (1, 0)  # edges: windows that are cut off too
         width_out, height_out = (width + more) // step, (height + more) // step
         self.count = y.shape[0] * height_out * width_out
-        if max(height * width, self.channels) > MOST:
-            raise ValueError(
-                f"expected inputs of at most {MOST} pixels and channels on the backend 'triton', got {y.shape}"
-            )
+        if height * width > MOST:
+            raise ValueError(f"triton: expected at most {MOST} pixels in a sample, got inputs of shape {list(y.shape)}")
         # No division by zero on the device where there is nothing to do.
         self.geometry = (self.count, max(height_out * width_out, 1), max(width_out, 1), height, width, self.channels)
         self.tile = config.tile(branches, 4 if f.pool else 1, y.element_size(), self.channels, channels_last)

@@ -30,7 +30,11 @@ def tile(branches: int, elements: int, itemsize: int, channels: int, channels_la
     while per_thread > 1 and per_thread * branches * elements > most:
         per_thread //= 2
     size = 32 * WARPS * per_thread
-    wide = min(power_of_two(channels), 128) if channels_last else 1
+    if channels_last:  # as few idle lanes as possible
+        wide = min((128, 64, 32), key=lambda width: (-(-channels // width) * width, -width))
+        wide = min(wide, power_of_two(channels))
+    else:
+        wide = power_of_two(-(-channels // 65535))  # the most blocks that a grid's second axis has
     return Tile(size // wide, wide)
 
 
