@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <string>
 
+#include "cpu/isa.h"
+
 #define FRACTAL_STRINGIFY(...) #__VA_ARGS__
 #define FRACTAL_STRING(...) FRACTAL_STRINGIFY(__VA_ARGS__)
 
@@ -53,4 +55,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fractal_kernels; loading the module registers torch.ops.fractal_kernels.*";
   m.def("build_info", &build_info, "How this extension was built.");
+  m.def(
+      "simd_in_use", [] { return std::string(fractal::cpu::selected_isa().name); },
+      "The instruction set that the CPU kernels run with on this machine.");
 }

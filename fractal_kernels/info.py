@@ -25,6 +25,7 @@ def report() -> str:
     if module is not None:
         build = module.build_info()
         lines.append("extension: " + ", ".join(f"{key} {value}" for key, value in build.items()))
+        lines.append(f"CPU kernels run with: {module.simd_in_use()}")
     else:
         lines.append(f"extension: missing: {problem}")
     for name in backends.NAMES:
