@@ -20,6 +20,8 @@ from fractal_kernels.library import Flags
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton_aot  # noqa: E402
 
+from fractal_kernels.triton import config  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
 TRAFFIC = HERE.parent / "benchmarks" / "results" / "triton" / "traffic.json"
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -71,8 +73,6 @@ def test_every_byte_is_moved_once():
 
 # --- machine code --------------------------------------------------------------------------------
 
-# Registers of 128 threads that leave so many blocks to a multiprocessor (65536 registers), for up to three branches.
-MOST_REGISTERS = {"channel_stats": 128, "join_forward": 128, "join_backward_reduce": 204, "join_backward_apply": 168}
 SETTINGS = [
     *((dtype, k, PLAIN, True, True) for dtype in (HALF, SINGLE, torch.float16) for k in (1, 3)),
     *((dtype, 8, PLAIN, True, True) for dtype in (HALF, SINGLE)),
@@ -117,9 +117,9 @@ def check_code(setting, code):
     dtype, k, flags, channels_last, _ = setting
     assert code.spills == 0 and code.stack == 0, (setting, code)
     assert code.double == 0, (setting, code)
-    if code.name not in MOST_REGISTERS or k > 3 or flags.pool:
+    if code.name not in config.MOST_REGISTERS or k > 3 or flags.pool:
         return
-    assert code.registers <= MOST_REGISTERS[code.name], (setting, code)
+    assert code.registers <= config.MOST_REGISTERS[code.name], (setting, code)
     if channels_last:  # everything but the mask and the counts in 128 bits
         assert set(code.loads) <= {"LDG.E.128", "LDG.E.U8", "LDG.E"}, (setting, code)
         assert code.loads["LDG.E.128"] >= k and code.loads.get("LDG.E", 0) <= k, (setting, code)

@@ -57,7 +57,14 @@ class _Call:
     """What every kernel is told of a call: geometry, tile, grid and flags."""
 
     def __init__(
-        self, y: Tensor, branches: int, mask: Tensor | None, flags: int, channels_last: bool, edges: bool = False
+        self,
+        kernel: str,
+        y: Tensor,
+        branches: int,
+        mask: Tensor | None,
+        flags: int,
+        channels_last: bool,
+        edges: bool = False,
     ) -> None:
         f = Flags(flags)
         self.pool, self.channels, self.channels_last = f.pool, y.shape[1], channels_last
@@ -73,7 +80,8 @@ class _Call:
         self.mask = y if mask is None else mask.view(torch.uint8)
         self.mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.dim() == 2 else 0)
         self.constants: dict[str, Any] = {"K": branches, "MASK": mask is not None, "CL": channels_last}
-        self.constants |= {"BP": self.tile.sites, "BC": self.tile.channels, "num_warps": config.WARPS}
+        self.constants |= {"BP": self.tile.sites, "BC": self.tile.channels}
+        self.constants |= config.options(kernel, branches, f.pool)
         self.flags = {
             "SUM": Flags.SUM in f,
             "RELU_BRANCH": Flags.RELU_BRANCH in f,
@@ -94,7 +102,7 @@ def _norm(ys: List, means: List, vars: List, weights: List, biases: List) -> tup
 
 
 def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
-    call = _Call(ys[0], len(ys), mask, 0, channels_last)
+    call = _Call("channel_stats", ys[0], len(ys), mask, 0, channels_last)
     k, device, channels = len(ys), ys[0].device, call.channels
     programs, blocks = call.grid(device, config.REDUCERS_PER_PROCESSOR)
     partial = mean.new_empty((programs, k, 3, channels))
@@ -122,7 +130,7 @@ def join_forward(
     flags: int,
     channels_last: bool,
 ) -> None:
-    call = _Call(ys[0], len(ys), mask, flags, channels_last)
+    call = _Call("join_forward", ys[0], len(ys), mask, flags, channels_last)
     with _on(out.device):
         kernels.join_forward[call.grid(out.device, config.PROGRAMS_PER_PROCESSOR)](
             out, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
@@ -145,7 +153,7 @@ def join_backward_reduce(
     flags: int,
     channels_last: bool,
 ) -> None:
-    call = _Call(ys[0], len(ys), mask, flags, channels_last)
+    call = _Call("join_backward_reduce", ys[0], len(ys), mask, flags, channels_last)
     k, channels = len(ys), call.channels
     programs, blocks = call.grid(grad.device, config.REDUCERS_PER_PROCESSOR)
     partial = sum_dz.new_empty((programs, 2 * k, channels))
@@ -175,7 +183,7 @@ def join_backward_apply(
     flags: int,
     channels_last: bool,
 ) -> None:
-    call = _Call(dys[0], len(dys), mask, flags, channels_last, edges=True)
+    call = _Call("join_backward_apply", dys[0], len(dys), mask, flags, channels_last, edges=True)
     per_sample = mask is not None and mask.dim() == 2
     inputs = ys or dys  # the gradient of a plain mean does not depend on its inputs
     with _on(grad.device):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 WARPS = 4
+# Registers of a thread for up to three branches: what leaves 4, 4, 2 and 3 blocks of 128 threads to a multiprocessor.
+MOST_REGISTERS = {"channel_stats": 128, "join_forward": 128, "join_backward_reduce": 208, "join_backward_apply": 168}
 PROGRAMS_PER_PROCESSOR = 8  # of the elementwise kernels; a reduction writes a partial for each, so it takes fewer
 REDUCERS_PER_PROCESSOR = 2
 
@@ -42,3 +46,10 @@ def merge(channels: int) -> Tile:
     """Partials and channels that a program of a merge takes at once."""
     wide = min(power_of_two(channels), 64)
     return Tile(1024 // wide, wide)
+
+
+def options(kernel: str, branches: int, pool: bool) -> dict[str, int]:
+    """Of a launch. Without a bound ptxas picks one by itself, and now and then spills a register for it."""
+    if torch.version.hip:
+        return {"num_warps": WARPS}
+    return {"num_warps": WARPS, "maxnreg": 255 if pool or branches > 3 else MOST_REGISTERS[kernel]}
