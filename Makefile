@@ -51,7 +51,7 @@ aot: $(STAMP)
 
 # The whole operator suite on the Triton kernels, interpreted on the CPU. Half an hour; `make test` has the better part.
 interpret: $(STAMP)
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py $(ARGS)
+	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py $(ARGS)
 
 # The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
 gpu:

@@ -1,14 +1,10 @@
-"""Compiles Triton kernels for a GPU that is not there, through the launchers, and reads the machine code.
-
-Run as a script it prints a row for every kernel and flag: ``python tests/triton_aot.py 90``.
-"""
+"""Compiles Triton kernels for a GPU that is not there, through the launchers, and reads the machine code."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +28,7 @@ KERNELS = (
     "channel_stats", "merge_stats", "join_forward", "join_backward_reduce", "merge_sums", "join_backward_apply",
 )  # fmt: skip
 PROCESSORS = 132
+SHAPE = (32, 64, 32, 32)
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
@@ -115,7 +112,6 @@ def call_all(
     flags: Flags,
     channels_last: bool,
     masked: bool,
-    shape: tuple[int, ...] = (32, 64, 32, 32),
 ) -> None:
     """The launches of a forward and a backward in training."""
 
@@ -123,9 +119,9 @@ def call_all(
         t = torch.empty(size, dtype=dtype)
         return t.to(memory_format=torch.channels_last) if channels_last else t
 
-    n, c, h, w = shape
-    ys, dys = ([tensor(shape) for _ in range(k)] for _ in range(2))
-    out = tensor((n, c, h // 2, w // 2) if flags.pool else shape)
+    n, c, h, w = SHAPE
+    ys, dys = ([tensor(SHAPE) for _ in range(k)] for _ in range(2))
+    out = tensor((n, c, h // 2, w // 2) if flags.pool else SHAPE)
     vectors = [torch.empty(c) for _ in range(k)]
     norm = (vectors, vectors, vectors, vectors)
     mask = torch.ones(k, n, dtype=torch.bool) if masked else None
@@ -138,13 +134,12 @@ def call_all(
 
 def call_plain(dtype: torch.dtype, k: int, channels_last: bool, masked: bool) -> None:
     """A mean without normalisation, forward and backward, and the backward of evaluation."""
-    shape = (32, 64, 32, 32)
-    ys, dys = ([torch.empty(shape, dtype=dtype) for _ in range(k)] for _ in range(2))
+    ys, dys = ([torch.empty(SHAPE, dtype=dtype) for _ in range(k)] for _ in range(2))
     if channels_last:
         ys, dys = ([t.to(memory_format=torch.channels_last) for t in ts] for ts in (ys, dys))
-    mask = torch.ones(k, shape[0], dtype=torch.bool) if masked else None
+    mask = torch.ones(k, SHAPE[0], dtype=torch.bool) if masked else None
     none: tuple[list[Tensor], ...] = ([], [], [], [])
-    vectors = [torch.empty(shape[1]) for _ in range(k)]
+    vectors = [torch.empty(SHAPE[1]) for _ in range(k)]
     launchers.join_forward(dys[0], ys, mask, *none, 0.0, 0, channels_last)
     launchers.join_backward_apply(dys, ys[0], [], mask, *none, [], 0.0, 0, channels_last)
     flags = int(Flags.RELU_BRANCH)
@@ -159,12 +154,3 @@ def everything() -> Iterator[tuple[torch.dtype, int, Flags, bool, bool]]:
                 for activation in (Flags.RELU_BRANCH, Flags.RELU_OUTPUT):
                     for channels_last in (True, False):
                         yield dtype, k, pool | activation, channels_last, True
-
-
-if __name__ == "__main__":
-    with compiling(int(sys.argv[1])) as codes:
-        for setting in everything():
-            codes.clear()
-            call_all(*setting)
-            for code in codes:
-                print(*setting, code, flush=True)

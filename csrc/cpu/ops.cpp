@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for the second pass of the statistics
 constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
-constexpr int64_t kBlockRows = 128;    // pixels that are worth a partial of a reduction: one costs about ten to merge
+constexpr int64_t kBlockRows = 128;    // pixels of a partial of a reduction, so that merging stays a small part of it
 constexpr int64_t kMaxBlocks = 256;
 constexpr int64_t kCacheBytes = 16 << 20;  // tensors up to this size together are taken to be in a cache
 
@@ -102,7 +102,8 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
     job.units_per_sample = job.Ho;
   else
     job.units_per_sample = (job.Wo + job.unit_rows - 1) / job.unit_rows;
-  // Out of a cache, rows together save most of the loads of parameters; from memory, nothing beats reading in order.
+  // Rows together save most of the loads of parameters, but do not read in order, which costs more where the tensors
+  // come from memory and a row is longer than two cache lines.
   const int64_t tensors = kernel == Kernel::kApply ? 2 * k + 1 : k + 1;
   const bool cached = job.N * job.H * job.W * bytes * tensors <= kCacheBytes;
   job.row_block = bytes <= 128 ? 16 : cached ? 8 : 1;

@@ -67,7 +67,7 @@ class _Call:
         edges: bool = False,
     ) -> None:
         f = Flags(flags)
-        self.pool, self.channels, self.channels_last = f.pool, y.shape[1], channels_last
+        self.pool, self.channels = f.pool, y.shape[1]
         height, width = (y.shape[2], y.shape[3]) if f.pool else (1, _pixels(y))
         step, more = (2, int(edges)) if f.pool else (1, 0)  # edges: windows that are cut off too
         width_out, height_out = (width + more) // step, (height + more) // step
