@@ -30,6 +30,11 @@ enum Flag : int64_t {
   kStatsLive = 32,  // statistics of a branch run over its live samples only
 };
 
+struct View {  // of a tensor: strides in elements
+  void* data;
+  int64_t n, c, h, w;
+};
+
 template <class V>
 FRACTAL_HD V relu(V z, V floor) {
   return z < floor ? floor : z;

@@ -20,8 +20,8 @@ import torch
 
 __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 
-# In the order in which automatic tries them. Triton comes last as long as no measurement on a GPU is committed.
-NAMES = ("cpu", "reference", "triton")
+# In the order in which automatic tries them. Those for a GPU come last as long as no measurement on one is committed.
+NAMES = ("cpu", "reference", "triton", "cuda")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 _override: list[str] = []
 
@@ -30,32 +30,49 @@ class BackendUnavailable(RuntimeError):
     """The backend that was asked for cannot run here; the message says why and what to do."""
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load(name: str, mode: str, title: str, compiler: str) -> tuple[ModuleType | None, str]:
+    """A compiled module and, where it cannot be loaded, the reason and the remedy."""
     try:
-        return importlib.import_module("fractal_kernels._C"), ""
+        return importlib.import_module(f"fractal_kernels.{name}"), ""
     except ModuleNotFoundError as error:
-        if error.name != "fractal_kernels._C":
+        if error.name != f"fractal_kernels.{name}":
             raise
         return None, (
-            "the C++ extension was not built; with a C++ compiler, pybind11 and ninja there, run "
-            "`FRACTAL_BUILD=cpu pip install --no-build-isolation .`, which says what is missing"
+            f"the {title} extension was not built; with {compiler}, pybind11 and ninja there, run "
+            f"`FRACTAL_BUILD={mode} pip install --no-build-isolation .`, which says what is missing"
         )
     except (ImportError, OSError) as error:
         return None, (
-            f"the C++ extension does not load ({error}); rebuild it against the installed PyTorch "
-            f"{torch.__version__}: `FRACTAL_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps .`"
+            f"the {title} extension does not load ({error}); rebuild it against the installed "
+            f"PyTorch {torch.__version__}: `FRACTAL_BUILD={mode} pip install --no-build-isolation --force-reinstall "
+            "--no-deps .`"
         )
 
 
-_extension = _load()  # at import: torch.compile cannot trace an import
+def _of_this_cuda(module: ModuleType | None, reason: str) -> tuple[ModuleType | None, str]:
+    """The compiled CUDA kernels, unless they are of another major version of CUDA than PyTorch."""
+    theirs, ours = torch.version.cuda, module.build_info()["cuda"] if module is not None else None
+    if theirs is None or ours is None or theirs.split(".")[0] == ours.split(".")[0]:
+        return module, reason
+    return None, (
+        f"the CUDA extension was built by nvcc {ours} and PyTorch {torch.__version__} is of CUDA {theirs}; "
+        "rebuild it with a toolkit of that major version: "
+        "`FRACTAL_BUILD=cuda pip install --no-build-isolation --force-reinstall --no-deps .`"
+    )
+
+
+# At import: torch.compile cannot trace an import.
+_extension = _load("_C", "cpu", "C++", "a C++ compiler")
+_cuda = _of_this_cuda(*_load("_cuda", "cuda", "CUDA", "nvcc, a C++ compiler"))
+_simulated = False  # the tests' runtime executes the CUDA kernels on tensors of the CPU
 _has_triton = importlib.util.find_spec("triton") is not None
 # Triton runs on the CPU, slowly and for tests, where its interpreter is switched on before Triton is imported.
 _interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def extension() -> tuple[ModuleType | None, str]:
-    """The compiled module and, where it cannot be loaded, the reason and the remedy."""
-    return _extension
+def extension(name: str = "cpu") -> tuple[ModuleType | None, str]:
+    """The compiled module of the backend ``cpu`` or ``cuda``; reason and remedy where it cannot be loaded."""
+    return _extension if name == "cpu" else _cuda
 
 
 @cache
@@ -65,36 +82,58 @@ def launcher(name: str) -> Any:
         return importlib.import_module("fractal_kernels.reference")
     if name == "triton":
         return importlib.import_module("fractal_kernels.triton")
-    assert name == "cpu" and extension()[0] is not None  # resolve() has seen to it
-    return _CpuLaunchers()
+    return _Compiled("simt" if name == "cuda" and _simulated else name)  # resolve() has seen to it that it is there
 
 
-class _CpuLaunchers:
-    def __init__(self) -> None:
-        ops = torch.ops.fractal_kernels_cpu
+class _Compiled:
+    """The operators that a compiled module registers."""
+
+    def __init__(self, name: str) -> None:
+        ops = getattr(torch.ops, f"fractal_kernels_{name}")
         self.channel_stats = ops.channel_stats.default
         self.join_forward = ops.join_forward.default
         self.join_backward_reduce = ops.join_backward_reduce.default
         self.join_backward_apply = ops.join_backward_apply.default
 
 
+@cache
+def _problem_of(device: int) -> str:
+    module = extension("cuda")[0]
+    return "" if module is None else str(module.problem(device))
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace the module
+def _problem() -> str:
+    """Why the compiled CUDA kernels do not run on the current device; nothing of a device that is not there."""
+    return _problem_of(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+
+
 def why_not(name: str, device_type: str | None = None) -> str:
     """Why a backend cannot be used (for this type of device), or an empty string."""
     if name == "reference":
         return ""
+    if name == "cpu":
+        if extension()[0] is None:
+            return extension()[1]
+        return "" if device_type in (None, "cpu") else _elsewhere("the cpu", device_type)
     if name == "triton":
         if not _has_triton:
             return "Triton is not installed; on Linux: pip install triton"
-        if _interpreted or device_type == "cuda" or (device_type is None and torch.cuda.is_available()):
+        if _interpreted:
             return ""
-        if device_type is None:
-            return "PyTorch sees no CUDA device"
-        return f"it runs on CUDA devices and the inputs are on {device_type}; move them, or use the backend 'reference'"
-    if extension()[0] is None:
-        return extension()[1]
-    if device_type not in (None, "cpu"):
-        return f"it runs on the cpu and the inputs are on {device_type}; move them, or use the backend 'reference'"
-    return ""
+    elif _simulated:
+        return ""
+    elif extension("cuda")[0] is None:
+        return extension("cuda")[1]
+    if device_type not in (None, "cuda"):
+        return _elsewhere("CUDA devices", device_type)
+    if device_type is None and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return _problem() if name == "cuda" else ""
+
+
+def _elsewhere(there: str, device_type: str) -> str:
+    return f"it runs on {there} and the inputs are on {device_type}; move them, or use the backend 'reference'"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -147,8 +186,8 @@ def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
         return next(name for name in NAMES if not why_not(name, device_type))
     if reason := why_not(_known(op, argument, name), device_type):
         raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
-    if name == "triton" and dtype not in HALF_AND_SINGLE:
+    if name in ("triton", "cuda") and dtype not in HALF_AND_SINGLE:
         names = ", ".join(str(d).removeprefix("torch.") for d in HALF_AND_SINGLE)
         got = str(dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: expected inputs of dtype {names} on the backend 'triton', got {got}")
+        raise TypeError(f"{op}: expected inputs of dtype {names} on the backend {name!r}, got {got}")
     return name

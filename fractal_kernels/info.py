@@ -28,11 +28,14 @@ def report() -> str:
         lines.append(f"CPU kernels run with: {module.simd_in_use()}")
     else:
         lines.append(f"extension: missing: {problem}")
+    cuda, problem = backends.extension("cuda")
+    built = problem if cuda is None else ", ".join(f"{key} {value}" for key, value in cuda.build_info().items())
+    lines.append(f"CUDA extension: {built}")
     for name in backends.NAMES:
         reason = backends.why_not(name)
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
     if torch.cuda.is_available():
-        lines.append("CUDA device: ops on its tensors use the backend 'reference' unless 'triton' is named")
+        lines.append("CUDA device: ops on its tensors use the backend 'reference' unless another is named")
     return "\n".join(lines)
 
 

@@ -21,6 +21,9 @@ except ImportError:  # a machine with a GPU and no network
 
 BACKENDS = ("reference", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SIMULATED = os.environ.get("FRACTAL_SIMT", "")  # a library of the CUDA kernels that executes them on the host
+GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("triton", "cuda")
+GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 THREADS = 2
 
 if settings is not None:
@@ -46,6 +49,9 @@ def _poison() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     _poison()
+    if SIMULATED:
+        torch.ops.load_library(SIMULATED)
+        backends._simulated = True
     torch.set_num_threads(THREADS)
 
 
@@ -76,18 +82,28 @@ def need_backend(name: str) -> None:
     """Fails without the extension, so that a broken build is never green; FRACTAL_TEST_NO_EXTENSION=1 allows it."""
     if name in available_backends():
         return
-    if name == "triton":
-        pytest.fail(f"backend 'triton' is not available: {backends.why_not(name)}; deselect its tests: -m 'not gpu'")
+    if name in GPU_BACKENDS:
+        pytest.fail(f"backend {name!r} is not available: {backends.why_not(name)}; deselect its tests: -m 'not gpu'")
     if os.environ.get("FRACTAL_TEST_NO_EXTENSION") == "1":
         pytest.skip(f"backend {name!r} is not available and FRACTAL_TEST_NO_EXTENSION=1")
     pytest.fail(f"backend {name!r} is not available; build the extension, or set FRACTAL_TEST_NO_EXTENSION=1")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take a backend run on all of them; those of modules with ``TRITON = True`` on a GPU's too."""
+    """Tests that take a backend run on all of them; those of modules with ``GPU = True`` on a GPU's too."""
     if "backend" in metafunc.fixturenames:
-        gpu = [pytest.param("triton", marks=pytest.mark.gpu)] if getattr(metafunc.module, "TRITON", False) else []
-        metafunc.parametrize("backend", [*BACKENDS, *gpu], indirect=True)
+        metafunc.parametrize(
+            "backend", [*BACKENDS, *(GPU if getattr(metafunc.module, "GPU", False) else [])], indirect=True
+        )
+
+    if "gpu_backend" in metafunc.fixturenames:
+        metafunc.parametrize("gpu_backend", GPU, indirect=True)
+
+
+@pytest.fixture
+def gpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with on_backend(str(request.param)) as name:
+        yield name
 
 
 @pytest.fixture
@@ -100,9 +116,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def on_backend(name: str) -> Iterator[str]:
     """Whatever is made without a device is made where this backend runs, and no wider than it takes."""
     need_backend(name)
-    if name == "triton":
+    if name in GPU_BACKENDS:
         cases.WIDEST = torch.float32
-        torch.set_default_device("cpu" if INTERPRETED else "cuda")
+        torch.set_default_device("cpu" if INTERPRETED or SIMULATED else "cuda")
     try:
         yield name
     finally:

@@ -185,7 +185,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "extension", lambda: (None, "it was not built; do this"))
+    monkeypatch.setattr(backends, "extension", lambda name="cpu": (None, "it was not built; do this"))
     monkeypatch.delenv("FRACTAL_BACKEND", raising=False)
 
 
@@ -223,7 +223,7 @@ def test_use_backend_is_undone_by_an_exception():
 
 
 def test_unknown_backends(monkeypatch):
-    known = "one of cpu, reference, triton, got 'x'"
+    known = "one of cpu, reference, triton, cuda, got 'x'"
     with pytest.raises(fk.BackendUnavailable, match=f"use_backend: expected name {known}"):
         with fk.use_backend("x"):
             pass

@@ -22,12 +22,12 @@ from cases import (
     plain_flags,
     run,
 )
-from conftest import INTERPRETED
+from conftest import GPU_BACKENDS, INTERPRETED
 
 from fractal_kernels import bn_relu_join, masked_mean_join
 from fractal_kernels.library import is_channels_last, to_layout
 
-TRITON = True  # these tests run on the backend 'triton' too: on a GPU, or under Triton's interpreter
+GPU = True  # these tests run on a GPU's backends too: on one, under Triton's interpreter, or executed on the host
 NAN, INF = float("nan"), float("inf")
 TYPICAL = [
     Case(),
@@ -41,9 +41,9 @@ TYPICAL = [
 ]
 
 
-def need_triton_dtype(dtype):
+def need_gpu_dtype(dtype):
     if dtype == torch.float64:
-        pytest.skip("the backend 'triton' has no float64")
+        pytest.skip("the backends of a GPU have no float64")
     if dtype == torch.bfloat16 and INTERPRETED:
         pytest.skip("Triton's interpreter does not round bfloat16 to nearest")
 
@@ -88,8 +88,8 @@ def test_number_of_branches(k, mask, backend):
 @pytest.mark.parametrize("case", TYPICAL, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(case, dtype, backend):
-    if backend == "triton":
-        need_triton_dtype(dtype)
+    if backend in GPU_BACKENDS:
+        need_gpu_dtype(dtype)
     for layout, channels in itertools.product(("channels_last", "contiguous", "channel_slice"), (5, 32, 67)):
         result = check(case, draw(case, dtype, (3, channels, 6, 8), [layout]), backend)
         assert result.out.dtype == dtype
@@ -139,8 +139,8 @@ def test_many_blocks(dtype, layout, cpu_backend):
 @pytest.mark.parametrize("case", [Case(pool="before"), Case(normalise=False, affine=False, activation="none")], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_keeps_layout(case, dtype, backend):
-    if backend == "triton":
-        need_triton_dtype(dtype)
+    if backend in GPU_BACKENDS:
+        need_gpu_dtype(dtype)
     for layout in ("channels_last", "channel_slice"):
         result = run(case, draw(case, dtype, layouts=[layout]), backend)
         for t in (result.out, *result.grads[: case.k]):
@@ -253,8 +253,8 @@ GRADCHECK = [Case(2, mask=mask, pool=pool, training=t) for mask in ("none", "bat
 
 @pytest.mark.parametrize("case", GRADCHECK, ids=str)
 def test_gradcheck(case, backend):
-    if backend == "triton":
-        pytest.skip("gradcheck needs float64, which the backend 'triton' has not")
+    if backend in GPU_BACKENDS:
+        pytest.skip("gradcheck needs float64, which the backends of a GPU have not")
     d = draw(case, shape=(3, 2, 4, 3), layouts=["channels_last", "contiguous"])
     k = case.k
 
@@ -268,8 +268,8 @@ def test_gradcheck(case, backend):
 
 @pytest.mark.parametrize("mask", ["none", "batch", "sample"])
 def test_gradcheck_of_the_mean(mask, backend):
-    if backend == "triton":
-        pytest.skip("gradcheck needs float64, which the backend 'triton' has not")
+    if backend in GPU_BACKENDS:
+        pytest.skip("gradcheck needs float64, which the backends of a GPU have not")
     d = draw(Case(3, affine=False, normalise=False, mask=mask), shape=(3, 2, 2, 3))
     assert torch.autograd.gradcheck(lambda *ys: masked_mean_join(ys, d.mask, backend=backend), d.ys)
 

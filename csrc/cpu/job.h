@@ -9,11 +9,6 @@ namespace fractal::cpu {
 enum class Kernel { kStats, kForward, kReduce, kApply };
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
-struct View {  // strides in elements
-  void* data;
-  int64_t n, c, h, w;
-};
-
 // Without pooling, H = 1 and W is the number of pixels. Work is cut into units, the same for any number of threads:
 // channels_last: `unit_rows` rows of pixels (pooling: one row of windows) of a sample; contiguous: one (sample,
 // channel).

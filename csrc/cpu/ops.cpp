@@ -12,14 +12,14 @@
 #include <string>
 #include <vector>
 
+#include "../schemas.h"
+#include "../tensors.h"
 #include "isa.h"
 #include "job.h"
 
 namespace fractal::cpu {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 namespace {
 
@@ -43,28 +43,6 @@ DType dtype_of(const Tensor& t) {
       STD_TORCH_CHECK(false, "fractal_kernels cpu: expected float32, float64, bfloat16 or float16");
   }
 }
-
-// H and W are one axis of pixels without pooling.
-View view_of(const Tensor& t, bool pool) {
-  View v{t.data_ptr(), t.stride(0), t.stride(1), 0, 1};
-  for (int64_t d = t.dim() - 1; d >= 2; --d)
-    if (t.size(d) > 1) {
-      v.w = t.stride(d);
-      break;
-    }
-  if (pool) v.h = t.stride(2), v.w = t.stride(3);
-  return v;
-}
-
-int64_t pixels_of(const Tensor& t) {
-  int64_t pixels = 1;
-  for (int64_t d = 2; d < t.dim(); ++d) pixels *= t.size(d);
-  return pixels;
-}
-
-struct Geometry {
-  int64_t N, C, H, W;
-};
 
 Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, int64_t k,
              const std::optional<Tensor>& mask, int64_t flags, bool channels_last) {
@@ -109,11 +87,6 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
   job.row_block = bytes <= 128 ? 16 : cached ? 8 : 1;
   job.units = job.Wo * job.Ho == 0 ? 0 : job.N * job.units_per_sample;
   return job;
-}
-
-Geometry geometry_of(const Tensor& y, bool pool) {
-  if (pool) return {y.size(0), y.size(1), y.size(2), y.size(3)};
-  return {y.size(0), y.size(1), 1, pixels_of(y)};
 }
 
 // Cuts the units into `count` runs; the cut depends on shapes only, so that sums do not depend on the thread count.
@@ -354,21 +327,7 @@ std::vector<Isa> supported_isas() {
 
 }  // namespace fractal::cpu
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fractal_kernels_cpu, m) {
-  m.def(
-      "channel_stats(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) count, Tensor[] ys, Tensor? mask, bool channels_last)"
-      " -> ()");
-  m.def(
-      "join_forward(Tensor(a!) out, Tensor[] ys, Tensor? mask, Tensor[] means, Tensor[] vars, Tensor[] weights,"
-      " Tensor[] biases, float eps, int flags, bool channels_last) -> ()");
-  m.def(
-      "join_backward_reduce(Tensor(a!) sum_dz, Tensor(b!) sum_dzx, Tensor grad, Tensor[] ys, Tensor? mask,"
-      " Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float eps, int flags, bool channels_last)"
-      " -> ()");
-  m.def(
-      "join_backward_apply(Tensor(a!)[] dys, Tensor grad, Tensor[] ys, Tensor? mask, Tensor[] means, Tensor[] vars,"
-      " Tensor[] weights, Tensor[] biases, Tensor[] sums, float eps, int flags, bool channels_last) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fractal_kernels_cpu, m) { fractal::define_launchers(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fractal_kernels_cpu, CPU, m) {
   m.impl("channel_stats", TORCH_BOX(&fractal::cpu::channel_stats));

@@ -1,0 +1,4 @@
+// The kernels for float.
+#include "run.cuh"
+
+template void fractal::cuda::run<float>(Kernel, const Plan&, const Args&, Stream);

@@ -1,0 +1,189 @@
+// The CUDA launchers: what a launch is told, and where the partials of reductions are. Outputs are allocated by the
+// caller (fractal_kernels/library.py), which also guarantees the layout. Nothing here reads device memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "../schemas.h"
+#include "../tensors.h"
+#include "device.h"
+#include "merge.cuh"
+#include "run.cuh"
+
+namespace fractal::cuda {
+
+extern template void run<float>(Kernel, const Plan&, const Args&, Stream);
+extern template void run<c10::Half>(Kernel, const Plan&, const Args&, Stream);
+extern template void run<c10::BFloat16>(Kernel, const Plan&, const Args&, Stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const float* floats(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+                  "fractal_kernels cuda: expected contiguous float32 parameters and sums");
+  return static_cast<const float*>(t.data_ptr());
+}
+
+float* mutable_floats(const Tensor& t) { return const_cast<float*>(floats(t)); }
+
+void set(const float* (&to)[kMaxBranches], const Tensors& from) {
+  for (size_t b = 0; b < from.size(); ++b) to[b] = floats(from[b]);
+}
+
+struct Norms {
+  const Tensors &means, &vars, &weights, &biases;
+  double eps;
+};
+
+// One call of a kernel: the device's current stream, the arguments, and the plan once start() or rows() is called.
+struct Call {
+  Call(Kernel kernel, const Tensor& like, const Geometry& g, int64_t k, const Tensors& ys,
+       const std::optional<Tensor>& mask, int64_t flags, bool channels_last)
+      : kernel(kernel),
+        type(like.scalar_type()),
+        size(like.element_size()),
+        channels_last(channels_last),
+        pool(flags & (kPoolBefore | kPoolAfter)),
+        device(like.get_device_index()) {
+    constexpr int64_t most = std::numeric_limits<int>::max() - 65536;  // rows and columns are counted in 32 bits
+    STD_TORCH_CHECK(k >= 1 && k <= kMaxBranches, "fractal_kernels cuda: expected 1 to 8 branches, got ", k);
+    STD_TORCH_CHECK(g.H * g.W <= most && g.C <= most, "fractal_kernels cuda: expected at most ", most,
+                    " channels and pixels in a sample, got ", g.C, " and ", g.H * g.W);
+    a.N = g.N, a.k = k, a.C = g.C, a.H = g.H, a.W = g.W;
+    for (size_t b = 0; b < ys.size(); ++b) {
+      STD_TORCH_CHECK(ys[b].scalar_type() == type, "fractal_kernels cuda: branches of different dtypes");
+      a.y[b] = view_of(ys[b], pool);
+    }
+    a.reads_y = !ys.empty();
+    if (mask.has_value()) {
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->size(0) == k,
+                      "fractal_kernels cuda: expected a bool mask with one row per branch");
+      a.mask = static_cast<const uint8_t*>(mask->data_ptr());
+      a.mask_k = mask->stride(0), a.mask_n = mask->dim() == 2 ? mask->stride(1) : 0;
+    }
+    const float none = -std::numeric_limits<float>::infinity();
+    a.floor_branch = flags & kReluBranch ? 0.f : none;
+    a.floor_output = flags & kReluOutput ? 0.f : none;
+    a.gate_output = flags & kReluOutput;
+    a.sum = flags & kSum, a.pool_before = flags & kPoolBefore;
+  }
+
+  void set_norms(const Norms& n) {
+    set(a.mean, n.means), set(a.var, n.vars), set(a.weight, n.weights), set(a.bias, n.biases);
+    a.eps = static_cast<float>(n.eps);
+  }
+
+  void make(bool edges) {  // edges: windows that are cut off too
+    const int more = edges ? 1 : 0;
+    plan = make_plan(kernel, a, size, pool ? 4 : 1, pool ? (a.H + more) / 2 : a.H, pool ? (a.W + more) / 2 : a.W,
+                     channels_last, processors(device.index));
+  }
+
+  void start() {
+    if (a.C == 0 || ((kernel == Kernel::kForward || kernel == Kernel::kApply) && a.N == 0)) return;
+    if (type == ScalarType::Float)
+      run<float>(kernel, plan, a, device.stream);
+    else if (type == ScalarType::Half)
+      run<c10::Half>(kernel, plan, a, device.stream);
+    else if (type == ScalarType::BFloat16)
+      run<c10::BFloat16>(kernel, plan, a, device.stream);
+    else
+      STD_TORCH_CHECK(false, "fractal_kernels cuda: expected float32, bfloat16 or float16");
+  }
+
+  // Starts merge(arguments) over `rows` rows of all channels.
+  template <class... P, class... B>
+  void merge(const char* name, void (*kernel)(P...), unsigned rows, size_t item, B... arguments) {
+    if (a.C == 0) return;
+    const unsigned width = kMergeWidth, groups = (a.C + width - 1) / width;
+    launch(device.stream, name, kernel, dim3(groups, rows), dim3(width, kMergeRows), width * kMergeRows * item,
+           P(arguments)...);
+  }
+
+  Kernel kernel;
+  ScalarType type;
+  int size;
+  bool channels_last, pool;
+  Device device;
+  Args a{};
+  Plan plan{};
+};
+
+namespace launchers {  // the kernels have these names too
+
+void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, bool channels_last) {
+  const int64_t k = ys.size();
+  Call call(Kernel::kStats, ys[0], geometry_of(ys[0], false), k, ys, mask, 0, channels_last);
+  call.make(false);
+  const int rows = call.plan.blocks_x, C = call.a.C;
+  const Tensor partial = new_empty(mean, {rows, k, 3, C}), number = new_empty(mean, {rows, k});
+  call.a.partial = mutable_floats(partial), call.a.number = mutable_floats(number);
+  call.start();
+  call.merge("merge_stats", merge_stats, k, sizeof(Moments), call.a.partial, call.a.number, mutable_floats(mean),
+             mutable_floats(var), mutable_floats(count), rows, C);
+}
+
+void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars, Tensors weights,
+                  Tensors biases, double eps, int64_t flags, bool channels_last) {
+  const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
+  Call call(Kernel::kForward, out, g, ys.size(), ys, mask, flags, channels_last);
+  call.a.out = view_of(out, call.pool);
+  call.set_norms({means, vars, weights, biases, eps});
+  call.make(false);
+  call.start();
+}
+
+void join_backward_reduce(Tensor sum_dz, Tensor sum_dzx, Tensor grad, Tensors ys, std::optional<Tensor> mask,
+                          Tensors means, Tensors vars, Tensors weights, Tensors biases, double eps, int64_t flags,
+                          bool channels_last) {
+  const int64_t k = ys.size();
+  const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
+  Call call(Kernel::kReduce, grad, g, k, ys, mask, flags, channels_last);
+  call.a.out = view_of(grad, call.pool);
+  call.set_norms({means, vars, weights, biases, eps});
+  call.make(false);
+  const int rows = call.plan.blocks_x, C = call.a.C;
+  const Tensor partial = new_empty(sum_dz, {rows, 2 * k, C});
+  call.a.partial = mutable_floats(partial);
+  call.start();
+  call.merge("merge_sums", merge_sums, 2 * k, sizeof(float), call.a.partial, mutable_floats(sum_dz),
+             mutable_floats(sum_dzx), rows, C);
+}
+
+void join_backward_apply(Tensors dys, Tensor grad, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars,
+                         Tensors weights, Tensors biases, Tensors sums, double eps, int64_t flags, bool channels_last) {
+  const Geometry g = geometry_of(dys[0], flags & (kPoolBefore | kPoolAfter));
+  Call call(Kernel::kApply, grad, g, dys.size(), ys, mask, flags, channels_last);
+  call.a.out = view_of(grad, call.pool);
+  for (size_t b = 0; b < dys.size(); ++b) call.a.dy[b] = view_of(dys[b], call.pool);
+  call.set_norms({means, vars, weights, biases, eps});
+  if (!sums.empty()) {
+    call.a.sum_dz = floats(sums[0]), call.a.sum_dzx = floats(sums[1]), call.a.count = floats(sums[2]);
+    call.a.all_samples = mask.has_value() && mask->dim() == 2 && !(flags & kStatsLive);
+  }
+  call.make(true);
+  call.start();
+}
+
+}  // namespace launchers
+
+}  // namespace
+
+}  // namespace fractal::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FRACTAL_NAMESPACE, m) { fractal::define_launchers(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(FRACTAL_NAMESPACE, FRACTAL_DISPATCH_KEY, m) {
+  m.impl("channel_stats", TORCH_BOX(&fractal::cuda::launchers::channel_stats));
+  m.impl("join_forward", TORCH_BOX(&fractal::cuda::launchers::join_forward));
+  m.impl("join_backward_reduce", TORCH_BOX(&fractal::cuda::launchers::join_backward_reduce));
+  m.impl("join_backward_apply", TORCH_BOX(&fractal::cuda::launchers::join_backward_apply));
+}

@@ -1,0 +1,225 @@
+"""The CUDA kernels without a GPU: executed on the host (tests/simt), and as machine code.
+
+``make test`` executes them; ``make cuda-check`` also compiles them by nvcc. On a GPU they run with ``-m gpu``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_code
+import pytest
+import torch
+from cases import Case, all_flags, check, draw, plain_flags
+from conftest import SIMULATED
+
+from fractal_kernels import BackendUnavailable, available_backends, backends, masked_mean_join
+
+HERE = Path(__file__).resolve().parent
+SUITE = [str(HERE / name) for name in ("test_ops.py", "test_gpu.py", "test_cuda.py")]
+# By the sanitizers and in other orders of the threads: all flags, and what is at the edges.
+EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
+needs_compiler = pytest.mark.skipif(cuda_code.compiler() is None, reason="needs a C++ compiler: c++ or g++")
+thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make cuda-check: FRACTAL_CUDA=all")
+needs_nvcc = pytest.mark.skipif(
+    not all(map(cuda_code.tool, ("nvcc", "nvdisasm"))), reason="needs nvcc and nvdisasm of the CUDA toolkit"
+)
+outside = pytest.mark.skipif(bool(SIMULATED), reason="runs in the process that starts the others")
+
+
+# --- executed on the host ------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channel_slice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_vector_loads(dtype, layout, gpu_backend):
+    """Every flag and number of branches where all loads are aligned; test_ops.py's shapes are odd."""
+    if gpu_backend != "cuda":
+        pytest.skip("for the CUDA kernels, which have other instances for aligned tensors")
+    for i, case in enumerate([*all_flags(), *plain_flags()]):
+        if SIMULATED and i % 3 != (torch.float32, torch.bfloat16, torch.float16).index(dtype):
+            continue
+        data = draw(case, dtype, (3, 16, 6, 16), [layout])
+        if layout == "channel_slice":  # 3 channels into the buffer is not aligned, 8 are
+            data.ys = [_aligned_slice(y) for y in data.ys]
+        check(case, data, gpu_backend)
+
+
+def _aligned_slice(y):
+    n, c, h, w = y.shape
+    buffer = torch.full((n, h, w, c + 16), float("nan"), dtype=y.dtype, device=y.device)
+    return buffer[..., 8 : 8 + c].movedim(-1, 1).copy_(y.detach()).requires_grad_()
+
+
+@pytest.mark.gpu
+def test_number_of_branches_in_vectors(gpu_backend):
+    """Each number of branches with and without pooling, in both layouts."""
+    for k in range(1, 9):
+        for pool in (None, "before", "after"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for layout in ("channels_last", "contiguous"):
+                    case = Case(k, pool=pool, mask=("none", "sample")[k % 2])
+                    check(case, draw(case, dtype, (2, 16, 4, 16), [layout]), gpu_backend)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return cuda_code.host_library(tmp_path_factory.mktemp("simt"), ["-O2"])
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    return cuda_code.host_library(tmp_path_factory.mktemp("sanitized"), flags)
+
+
+def execute(library: Path, select: str, shards: int = 1, **environment: str) -> str:
+    """The operators' tests on the kernels of this library, in processes of their own."""
+    env = {**os.environ, "FRACTAL_SIMT": str(library), "OMP_NUM_THREADS": "1", **environment}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *SUITE]
+    command += ["-k", select] if select else []
+    running = [
+        subprocess.Popen(
+            [*command, "--shard", f"{i}/{shards}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for i in range(shards)
+    ]
+    output = ""
+    for process in running:
+        text, _ = process.communicate(timeout=1800)
+        assert process.returncode == 0 and " passed" in text, text[-5000:]
+        output += text
+    return output
+
+
+@needs_compiler
+@outside
+def test_every_kernel_executed(library, tmp_path):
+    """Every flag, layout and dtype against the oracle; every instance of every kernel has run."""
+    ran = tmp_path / "kernels.txt"
+    execute(library, "", shards=2, FRACTAL_SIMT_KERNELS=str(ran))
+    seen, there = set(ran.read_text().split()), cuda_code.kernels_of(library)
+    assert len(there) > 100
+    assert not there - seen, cuda_code.demangled(there - seen)
+
+
+PRINT_RESULTS = """
+import hashlib, torch, conftest
+from cases import Case, draw, run
+conftest.pytest_configure(None)
+for case in (Case(mask="sample"), Case(mask="sample", stats="live", pool="before"), Case(8, pool="after"), Case(1)):
+    for layout in ("channels_last", "contiguous"):
+        for shape in ((8, 32, 12, 16), (4, 5, 6, 7)):
+            result = run(case, draw(case, torch.float32, shape, [layout]), "cuda")
+            tensors = [result.out.detach(), *result.grads, *result.running]
+            print(case, layout, shape, *(hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest() for t in tensors))
+"""
+
+
+@needs_compiler
+@outside
+def test_order_of_threads(library):
+    """The same bits in whatever order threads and blocks run."""
+    env = {**os.environ, "FRACTAL_SIMT": str(library), "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+    results = {
+        order: cuda_code.run([sys.executable, "-c", PRINT_RESULTS], env={**env, "FRACTAL_SIMT_ORDER": order})
+        for order in ("forward", "backward", "random:1")
+    }
+    assert len(results["forward"].splitlines()) == 16
+    assert len(set(results.values())) == 1
+
+
+@needs_compiler
+@outside
+@thorough
+def test_sanitizers(sanitized):
+    """Out of bounds, misaligned and undefined: none, also outside of shared memory."""
+    run = subprocess.run([cuda_code.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
+    preload = run.stdout.strip()
+    assert Path(preload).is_absolute(), preload
+    options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python's own leaks are none of the kernels'
+    execute(sanitized, EDGES, shards=2, LD_PRELOAD=preload, ASAN_OPTIONS=options)
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+
+@needs_nvcc
+@thorough
+@outside
+@pytest.mark.parametrize("capability", [80, 90])
+def test_machine_code(capability, tmp_path):
+    """No spills, stack or float64; registers for the blocks that are to fit; one instruction a load and a store."""
+    codes = list(cuda_code.machine_code(tmp_path, capability))
+    assert len(codes) == 3 * (3 * 22 + 3)
+    for code in codes:
+        assert code.spills == code.stack == code.double == 0, code
+        assert code.registers <= 65536 // (128 * code.blocks), code
+        if code.lanes == 1:
+            continue
+        word = {2: "LDG.E.U16", 4: "LDG.E", 8: "LDG.E.64", 16: "LDG.E.128"}[code.bytes]
+        elements = 1 if code.window == 1 else 2 if code.axis == "pixels" else 4
+        assert code.loads[word] >= code.branches * elements, code
+        assert not any(name.startswith(("LDG.E.U16", "LDG.E.S")) for name in code.loads), code
+        if code.branches <= 3 and code.window == 1:
+            assert code.bytes == 16, code
+            if code.kernel in ("join_forward", "join_backward_apply"):
+                assert set(code.stores) == {"STG.E.128"}, code
+
+
+# --- dispatch ------------------------------------------------------------------------------------
+
+
+@outside
+def test_not_built(monkeypatch):
+    missing = backends._load("_cuda_of_no_build", "cuda", "CUDA", "nvcc, a C++ compiler")
+    monkeypatch.setattr(backends, "_cuda", missing)
+    assert "cuda" not in available_backends()
+    with pytest.raises(BackendUnavailable, match="got 'cuda': the CUDA extension was not built; with nvcc") as error:
+        masked_mean_join([torch.ones(2, 3)], backend="cuda")
+    assert "FRACTAL_BUILD=cuda pip install" in str(error.value)
+
+
+@outside
+@pytest.mark.parametrize("version, accepted", [("12.8", False), ("13.2", True), (None, True)])
+def test_other_cuda(version, accepted, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    module, reason = backends._of_this_cuda(Module, "")
+    assert (module is Module) == accepted
+    assert accepted or ("built by nvcc 13.0" in reason and "is of CUDA 12.8" in reason)
+    assert backends._of_this_cuda(None, "why") == (None, "why")
+
+
+class Module:
+    """Stands in for an extension whose kernels do not run on the device."""
+
+    @staticmethod
+    def build_info():
+        return {"cuda": "13.0"}
+
+    @staticmethod
+    def problem(device):
+        return f"no kernels were built for device {device}"
+
+
+@outside
+def test_problem_of_the_device(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda", (Module, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    backends._problem_of.cache_clear()
+    assert backends.why_not("cuda") == backends.why_not("cuda", "cuda") == "no kernels were built for device 5"
+    assert "cuda" not in available_backends() and "triton" in available_backends()
+    assert "the inputs are on cpu" in backends.why_not("cuda", "cpu")
+
+
+@outside
+def test_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "_simulated", True)
+    with pytest.raises(TypeError, match="on the backend 'cuda', got float64"):
+        masked_mean_join([torch.ones(2, 3, dtype=torch.float64)], backend="cuda")

@@ -1,0 +1,138 @@
+"""The backends of a GPU (``-m gpu``): what needs one, and a network. Their flags and layouts are in test_ops.py."""
+
+from __future__ import annotations
+
+import pytest
+import test_batchnorm
+import torch
+from cases import Case, assert_results, assert_same_bits, draw, expect, run
+from conftest import INTERPRETED, SIMULATED
+
+from fractal_kernels import bn_relu_join, masked_mean_join, use_backend
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+CASES = [Case(mask="sample"), Case(mask="sample", stats="live", pool="before"), Case(pool="after"), Case(mask="batch")]
+needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_network(granularity, gpu_backend):
+    """A training step of a FractalNet against the reference backend: loss, gradients and running statistics."""
+    import fractalnet
+
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    results = []
+    for name in ("reference", gpu_backend):
+        torch.manual_seed(0)
+        net = fractalnet.FractalNet(5, 3, (8, 16), image_size=8, granularity=granularity)
+        path = net.sample_path(4, generator=torch.Generator("cpu").manual_seed(3))
+        with use_backend(name):
+            loss = torch.nn.functional.cross_entropy(net(x, path=path), y)
+            loss.backward()
+        results.append([loss, *(p.grad for p in net.parameters()), *net.buffers()])
+    assert len(results[0]) > 10
+    for got, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, HALF, torch.float16], ids=str)
+def test_many_tiles(case, dtype, gpu_backend):
+    """Every program of the grid walks several tiles; repeats give the same bits."""
+    for layout in ("channels_last", "contiguous", "channel_slice"):
+        data = draw(case, dtype, (64, 96, 56, 56), [layout])
+        result = run(case, data, gpu_backend)
+        expected = expect(case, data)
+        if dtype == SINGLE:
+            scale = data.ys[0].numel() ** 0.5  # sums of many float32 terms
+            for a, e in zip(result.grads, expected.grads, strict=True):
+                assert (a.double() - e).abs().max() <= 1e-6 * max(1.0, e.abs().max().item()) * scale
+            torch.testing.assert_close(result.out.double(), expected.out, rtol=1e-5, atol=1e-5)
+        else:
+            assert_results(case, result, expected)
+        assert_same_bits(result, run(case, data, gpu_backend))
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", test_batchnorm.FAR_SHAPES, ids=str)
+def test_statistics_far_from_zero(shape, layout, gpu_backend):
+    test_batchnorm.test_statistics_where_the_mean_is_5000_standard_deviations(shape, layout, gpu_backend)
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graph_capture(case, gpu_backend):
+    """A captured forward and backward, replayed on other inputs, on a stream that is not the default one."""
+    first, second = (draw(case, SINGLE, (8, 32, 14, 14), seed=seed) for seed in (0, 1))
+    static = first.copy()
+
+    def step():
+        args = (static.ys, static.weights, static.biases, static.running_means, static.running_vars, static.mask)
+        out = bn_relu_join(*args, True, **case.flags, backend=gpu_backend)
+        return [out, *torch.autograd.grad(out, static.leaves, static.grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for to, from_ in zip(static.leaves, second.leaves, strict=True):
+            to.copy_(from_)
+        static.grad.copy_(second.grad)
+        if static.mask is not None:
+            static.mask.copy_(second.mask)
+    graph.replay()
+    expected = run(case, second, gpu_backend)
+    for a, b in zip(captured, [expected.out, *expected.grads], strict=True):
+        assert torch.equal(a.detach(), b)
+
+
+@needs_gpu
+def test_second_device(gpu_backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, there are {torch.cuda.device_count()}")
+    ys = [torch.randn(4, 8, 6, 6, device="cuda:1") for _ in range(2)]
+    expected = masked_mean_join(ys, backend="reference")
+    torch.testing.assert_close(masked_mean_join(ys, backend=gpu_backend), expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_more_than_2_31_elements(layout, gpu_backend):
+    """Samples at both ends of the tensors, against the same samples alone."""
+    shape = (36, 64, 1024, 1024)
+    ys = [torch.empty(shape, dtype=HALF, device="cuda", memory_format=layout).normal_() for _ in range(2)]
+    mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+    options = dict(training=False, activation="branch")
+    out = bn_relu_join(ys, None, None, [mean] * 2, [var] * 2, backend=gpu_backend, **options)
+    for n in (0, 17, 35):
+        alone = [y[n : n + 1].clone(memory_format=layout) for y in ys]
+        assert torch.equal(
+            out[n : n + 1], bn_relu_join(alone, None, None, [mean] * 2, [var] * 2, backend=gpu_backend, **options)
+        )
+    stats = torch.ops.fractal_kernels.channel_stats(ys[:1], None, gpu_backend)
+    parts = [torch.ops.fractal_kernels.channel_stats([part], None, gpu_backend) for part in ys[0].chunk(4)]
+    torch.testing.assert_close(stats[0], sum(p[0] for p in parts) / 4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [None, "sample"])
+def test_opcheck(mask, gpu_backend):
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
+    y = [torch.randn(3, 4, 6, 6) for _ in range(2)]
+    m = None if mask is None else torch.rand(2, 3) < 0.7
+    ops, v = torch.ops.fractal_kernels, [torch.rand(4) + 0.5 for _ in range(2)]
+    g = torch.randn(3, 4, 6, 6)
+    for op, args in (
+        (ops.channel_stats, (y, m, gpu_backend)),
+        (ops.join_forward, (y, m, v, v, v, v, 1e-5, 2, gpu_backend)),
+        (ops.join_backward_reduce, (g, y, m, v, v, v, v, 1e-5, 2, gpu_backend)),
+        (ops.join_backward_apply, (g, y, m, v, v, v, v, [], 2, 1e-5, 2, gpu_backend)),
+    ):
+        torch.library.opcheck(op.default, args)
