@@ -47,11 +47,11 @@ bench: $(STAMP)
 
 # Every Triton kernel with every flag as machine code of two GPUs: registers, spills, width of loads. Two hours.
 aot: $(STAMP)
-	FRACTAL_AOT=all $(PY) -m pytest -q tests/test_triton.py tests/test_tuning.py -k machine_code $(ARGS)
+	FRACTAL_AOT=all $(PY) -m pytest -q tests/test_triton.py tests/test_tiles.py -k machine_code $(ARGS)
 
 # The whole operator suite on the Triton kernels, interpreted on the CPU. Half an hour; `make test` has the better part.
 interpret: $(STAMP)
-	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py tests/test_tuning.py $(ARGS)
+	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
 
 # The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
 gpu:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.report import ROOT, ReportError, condense, table, write_text
 
-TESTS = ("tests/test_ops.py", "tests/test_triton.py", "tests/test_tuning.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("ops", "triton", "tiles", "tuning"))
 
 
 def start(command: list[str], to: Path, **variables: str) -> subprocess.Popen[bytes]:
