@@ -212,7 +212,11 @@ def extensions() -> dict[str, object]:
 setup(
     packages=find_packages(include=["fractal_kernels*"]) + find_packages("python", include=["fractalnet*"]),
     package_dir={"fractalnet": "python/fractalnet"},
-    package_data={"fractal_kernels": ["py.typed"], "fractalnet": ["recipes/*.yaml"]},
+    package_data={
+        "fractal_kernels": ["py.typed"],
+        "fractal_kernels.triton": ["tuned.json"],
+        "fractalnet": ["recipes/*.yaml"],
+    },
     include_package_data=False,
     **extensions(),
 )

@@ -7,6 +7,7 @@ order depends on shapes and the number of its multiprocessors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -64,6 +65,7 @@ class _Call:
         mask: Tensor | None,
         flags: int,
         channels_last: bool,
+        norm: bool = True,
         edges: bool = False,
     ) -> None:
         f = Flags(flags)
@@ -76,12 +78,14 @@ class _Call:
             raise ValueError(f"triton: expected at most {MOST} pixels in a sample, got inputs of shape {list(y.shape)}")
         # No division by zero on the device where there is nothing to do.
         self.geometry = (self.count, max(height_out * width_out, 1), max(width_out, 1), height, width, self.channels)
-        self.tile = config.tile(branches, 4 if f.pool else 1, y.element_size(), self.channels, channels_last)
+        what = (kernel, y.dtype, branches, flags & config.POOL, mask is not None, norm, channels_last, self.channels)
+        self.case = config.Case(*what, bits=self.count.bit_length(), device=y.device.index)
         self.mask = y if mask is None else mask.view(torch.uint8)
         self.mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.dim() == 2 else 0)
         self.constants: dict[str, Any] = {"K": branches, "MASK": mask is not None, "CL": channels_last}
-        self.constants |= {"BP": self.tile.sites, "BC": self.tile.channels}
-        self.constants |= config.options(kernel, branches, f.pool)
+        choice = config.look_up(self.case)
+        self.untuned = choice is None
+        self.take(choice or self.case.candidates()[0])
         self.flags = {
             "SUM": Flags.SUM in f,
             "RELU_BRANCH": Flags.RELU_BRANCH in f,
@@ -90,10 +94,28 @@ class _Call:
             "POOL_AFTER": Flags.POOL_AFTER in f,
         }
 
-    def grid(self, device: torch.device, per_processor: int) -> tuple[int, int]:
-        blocks = triton.cdiv(self.channels, self.tile.channels)
-        tiles = triton.cdiv(self.count, self.tile.sites)
-        return max(1, min(tiles, triton.cdiv(_processors(device) * per_processor, blocks))), max(1, blocks)
+    def take(self, choice: config.Choice) -> None:
+        self.choice = choice
+        self.constants |= {"BP": choice.sites, "BC": choice.channels}
+        self.constants |= config.options(self.case.kernel, self.case.branches, self.pool, choice.warps)
+
+    def grid(self, device: torch.device) -> tuple[int, int]:
+        blocks = triton.cdiv(self.channels, self.choice.channels)
+        tiles = triton.cdiv(self.count, self.choice.sites)
+        programs = triton.cdiv(_processors(device) * self.choice.programs_per_processor, blocks)
+        return max(1, min(tiles, programs)), max(1, blocks)
+
+    def run(self, launch: Callable[[], None], outputs: List) -> None:
+        """Launches; where the choice is to be tuned, tries the others first."""
+        if self.untuned:
+            from . import tuning
+
+            def trial(choice: config.Choice) -> None:
+                self.take(choice)
+                launch()
+
+            self.take(tuning.tune(self.case, trial, outputs))
+        launch()
 
 
 def _norm(ys: List, means: List, vars: List, weights: List, biases: List) -> tuple[tuple[Tensor, ...], ...]:
@@ -104,7 +126,7 @@ def _norm(ys: List, means: List, vars: List, weights: List, biases: List) -> tup
 def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
     call = _Call("channel_stats", ys[0], len(ys), mask, 0, channels_last)
     k, device, channels = len(ys), ys[0].device, call.channels
-    programs, blocks = call.grid(device, config.REDUCERS_PER_PROCESSOR)
+    programs, blocks = call.grid(device)
     partial = mean.new_empty((programs, k, 3, channels))
     numbers = mean.new_empty((programs, k))
     with _on(device):
@@ -130,13 +152,17 @@ def join_forward(
     flags: int,
     channels_last: bool,
 ) -> None:
-    call = _Call("join_forward", ys[0], len(ys), mask, flags, channels_last)
-    with _on(out.device):
-        kernels.join_forward[call.grid(out.device, config.PROGRAMS_PER_PROCESSOR)](
+    call = _Call("join_forward", ys[0], len(ys), mask, flags, channels_last, bool(means))
+
+    def launch() -> None:
+        kernels.join_forward[call.grid(out.device)](
             out, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
             *_one(out, call.pool), *call.mask_strides, *call.geometry, eps, NORM=bool(means), HAS_W=bool(weights),
             HAS_B=bool(biases), WIDE=_is_wide([out, *ys]), **call.constants, **call.flags,
         )  # fmt: skip
+
+    with _on(out.device):
+        call.run(launch, [out])
 
 
 def join_backward_reduce(
@@ -155,7 +181,7 @@ def join_backward_reduce(
 ) -> None:
     call = _Call("join_backward_reduce", ys[0], len(ys), mask, flags, channels_last)
     k, channels = len(ys), call.channels
-    programs, blocks = call.grid(grad.device, config.REDUCERS_PER_PROCESSOR)
+    programs, blocks = call.grid(grad.device)
     partial = sum_dz.new_empty((programs, 2 * k, channels))
     with _on(grad.device):
         kernels.join_backward_reduce[(programs, blocks)](
@@ -183,17 +209,21 @@ def join_backward_apply(
     flags: int,
     channels_last: bool,
 ) -> None:
-    call = _Call("join_backward_apply", dys[0], len(dys), mask, flags, channels_last, edges=True)
+    call = _Call("join_backward_apply", dys[0], len(dys), mask, flags, channels_last, bool(means), edges=True)
     per_sample = mask is not None and mask.dim() == 2
     inputs = ys or dys  # the gradient of a plain mean does not depend on its inputs
-    with _on(grad.device):
-        kernels.join_backward_apply[call.grid(grad.device, config.PROGRAMS_PER_PROCESSOR)](
+
+    def launch() -> None:
+        kernels.join_backward_apply[call.grid(grad.device)](
             tuple(dys), grad, tuple(inputs), call.mask, *_norm(inputs, means, vars, weights, biases),
             *(sums or [grad] * 3), *_strides(inputs, call.pool), *_strides(dys, call.pool), *_one(grad, call.pool),
             *call.mask_strides, *call.geometry, eps, NORM=bool(means), BATCH=bool(sums),
             ALL=bool(sums) and per_sample and not flags & Flags.STATS_LIVE, READS=bool(ys), HAS_W=bool(weights),
             HAS_B=bool(biases), WIDE=_is_wide([grad, *inputs, *dys]), **call.constants, **call.flags,
         )  # fmt: skip
+
+    with _on(grad.device):
+        call.run(launch, dys)
 
 
 def _one(t: Tensor, pool: bool) -> tuple[int, ...]:
