@@ -51,7 +51,7 @@ aot: $(STAMP)
 
 # The whole operator suite on the Triton kernels, interpreted on the CPU. Half an hour; `make test` has the better part.
 interpret: $(STAMP)
-	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
+	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
 
 # The CUDA sources without a GPU: executed on the host, also by sanitizers; compiled by nvcc, its machine code read; the
 # extension loaded into a CUDA build of the oldest PyTorch that can load it, and built there. Ten minutes, 5 GB.
@@ -65,8 +65,11 @@ cuda-check: $(STAMP)
 	cd tests && ../.venv-cuda/bin/python cuda_load.py
 
 # The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
+#   make gpu RESULTS=folder STAGES=test,kernels      (build, test, sanitize, tune, kernels; ARGS=--dry-run needs no GPU)
+RESULTS ?= benchmarks/results
+STAGES ?= build,test,kernels
 gpu:
-	$(PYTHON) -m benchmarks.gpu --output runs/gpu $(ARGS)
+	$(PYTHON) -m benchmarks.gpu --results $(RESULTS) --stages $(STAGES) $(ARGS)
 
 docs: $(STAMP)
 	$(PY) -m benchmarks.report --write

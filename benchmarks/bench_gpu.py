@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: bytes/s against a device copy, and against torch.compile of the same maths.
+"""The kernels of both GPU backends: bytes/s against a device copy, and against torch.compile of the same maths.
 
 Run with ``pytest benchmarks/bench_gpu.py -m gpu``; the table of ratios comes after the run.
 """
@@ -27,6 +27,9 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguo
 RELU, POOL = int(Flags.RELU_BRANCH), int(Flags.RELU_BRANCH | Flags.POOL_BEFORE)
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
+
+
 def repeated(launch: Callable[[], Any]) -> Contender:
     """REPEATS calls and the wait for them: a launch alone takes longer to issue than to run."""
 
@@ -42,19 +45,22 @@ def branches(dtype: torch.dtype, layout: torch.memory_format, shape: Sequence[in
     return [torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout).normal_() for _ in range(K)]
 
 
+@BACKENDS
 @LAYOUTS
 @DTYPES
 @pytest.mark.parametrize("kernel", ["stats", "mean", "forward", "forward_pool", "reduce", "apply", "apply_pool"])
-def test_kernel(compare: Callable[..., None], kernel: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_kernel(
+    compare: Callable[..., None], kernel: str, dtype: torch.dtype, layout: torch.memory_format, backend: str
+) -> None:
     """One kernel into memory that is there, against a copy of as many bytes into memory that is there."""
-    launch, last = launcher("triton"), layout == torch.channels_last
+    launch, last = launcher(backend), layout == torch.channels_last
     ys = branches(dtype, layout)
     pooled = kernel.endswith("pool")
     n, c, h, w = SHAPE
     size = (n, c, h // 2, w // 2) if pooled else SHAPE
     out = torch.empty(size, dtype=dtype, device="cuda", memory_format=layout).normal_()
     dys = [torch.empty_like(y) for y in ys]
-    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, "triton")
+    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, backend)
     means, vars = list(mean.unbind()), list(var.unbind())
     weights, biases = ([torch.rand(c, device="cuda") + 0.5 for _ in range(K)] for _ in range(2))
     norm, code = (means, vars, weights, biases), POOL if pooled else RELU
@@ -76,16 +82,23 @@ def test_kernel(compare: Callable[..., None], kernel: str, dtype: torch.dtype, l
         seconds = {name: 1e-3 * figures["figure"] / REPEATS for name, figures in row["contenders"].items()}
         return {"gb_per_s": 1e-9 * moved / seconds["ours"], "share_of_copy": seconds["copy"] / seconds["ours"]}
 
-    what = f"{kernel}, {K} × {'×'.join(map(str, SHAPE))} {LABELS[dtype]} {'NHWC' if last else 'NCHW'}, {REPEATS} calls"
+    shape = f"{K} × {'×'.join(map(str, SHAPE))} {LABELS[dtype]} {'NHWC' if last else 'NCHW'}"
+    what = f"{backend} {kernel}, {shape}, {REPEATS} calls"
     compare("gpu", what, {"ours": repeated(call), "copy": repeated(lambda: target.copy_(source))}, ROUNDS, extra=extra)
 
 
+@BACKENDS
 @LAYOUTS
 @DTYPES
 @pytest.mark.parametrize("what", ["mean", "bn_relu_join"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_against_compile(
-    compare: Callable[..., None], what: str, direction: str, dtype: torch.dtype, layout: torch.memory_format
+    compare: Callable[..., None],
+    what: str,
+    direction: str,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    backend: str,
 ) -> None:
     """The public functions against torch.compile of one clean expression, per-sample masks."""
     torch._functorch.config.donated_buffer = False  # the backward is called again and again
@@ -97,10 +110,10 @@ def test_against_compile(
     grad = torch.randn_like(ys[0])
     if what == "mean":
         wanted, args = ys, (ys, mask)
-        ours, clean = (lambda *a: fk.masked_mean_join(*a, backend="triton")), clean_mean_join
+        ours, clean = (lambda *a: fk.masked_mean_join(*a, backend=backend)), clean_mean_join
     else:
         wanted, args = [*ys, *weights, *biases], (ys, weights, biases, means, vars, mask)
-        ours, clean = (lambda *a: fk.bn_relu_join(*a, training=True, backend="triton")), clean_bn_relu_join
+        ours, clean = (lambda *a: fk.bn_relu_join(*a, training=True, backend=backend)), clean_bn_relu_join
     functions = {"ours": ours, "compiled": torch.compile(clean, fullgraph=True, dynamic=False)}
     outs = {name: f(*args) for name, f in functions.items()}
     grads = {name: torch.autograd.grad(out, wanted, grad, retain_graph=True) for name, out in outs.items()}
@@ -113,5 +126,5 @@ def test_against_compile(
             name: repeated(lambda out=out: torch.autograd.grad(out, wanted, grad, retain_graph=True))
             for name, out in outs.items()
         }
-    title = f"{what} {direction}, {LABELS[dtype]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
+    title = f"{backend} {what} {direction}, {LABELS[dtype]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
     compare("gpu", f"{title}, {REPEATS} calls", contenders, ROUNDS)

@@ -24,6 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIMULATED = os.environ.get("FRACTAL_SIMT", "")  # a library of the CUDA kernels that executes them on the host
 GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("triton", "cuda")
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
+needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
 THREADS = 2
 
 if settings is not None:

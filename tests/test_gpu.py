@@ -6,13 +6,12 @@ import pytest
 import test_batchnorm
 import torch
 from cases import Case, assert_results, assert_same_bits, draw, expect, run
-from conftest import INTERPRETED, SIMULATED
+from conftest import needs_gpu
 
 from fractal_kernels import bn_relu_join, masked_mean_join, use_backend
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 CASES = [Case(mask="sample"), Case(mask="sample", stats="live", pool="before"), Case(pool="after"), Case(mask="batch")]
-needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INTERPRETED, on_backend
+from conftest import INTERPRETED, needs_gpu, on_backend
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from test_tiles import CASE, LAUNCHERS, tensors  # noqa: E402
-from test_triton import PLAIN, SINGLE, gpu  # noqa: E402
+from test_triton import PLAIN, SINGLE  # noqa: E402
 
 from fractal_kernels.triton import config, tuning  # noqa: E402
 from fractal_kernels.triton.config import Case  # noqa: E402
@@ -337,7 +337,8 @@ def test_launchers_tune(monkeypatch, asked):
             assert all(map(torch.equal, outputs, results))
 
 
-@gpu
+@pytest.mark.gpu
+@needs_gpu
 def test_capture_does_not_tune(asked):
     with on_backend("triton"):
         _, args = tensors(SINGLE, 2, PLAIN, True, True, True, (32, 64, 16, 16))["join_forward"]
