@@ -2,8 +2,9 @@
 
 Stages, each with its own time limit and its log: build (the extensions, in place), test (every backend on the GPU, in
 several processes: compiling takes most of the time), sanitize (only when named: compute-sanitizer on the CUDA kernels),
-tune (only when named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks). A stage that fails leaves its log; nothing is measured before tests pass.
-Leaves <gpu>-<commit>.json and at most five logs and tables in one folder. Exits 1 if a stage failed.
+tune (only when named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks).
+A stage that fails leaves its log; nothing is measured before the tests pass. Leaves <gpu>-<commit>.json and the logs in
+one folder. Exits 1 if a stage failed.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
 """
