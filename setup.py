@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def architectures(nvcc: str) -> list[str]:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     for name in asked:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            fail(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 9.0+PTX, got {name!r}")
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected numbers such as 9.0 or 9.0+PTX, got {name!r}")
     if asked:
         return asked
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -127,8 +128,13 @@ def build_cuda(output: Path, folder: Path) -> None:
     sources = sorted(glob("csrc/cuda/*.cu"))
     objects = [f"{Path(source).name}.o" for source in sources]
 
+    host = next(word for word in shlex.split(os.environ["CXX"]) if Path(word).name not in ("ccache", "sccache", "env"))
+
     def line(arguments: list[str]) -> str:  # nvcc knows where CUDA's headers and libraries are
-        return shlex.join([nvcc, "-ccbin", shlex.split(os.environ["CXX"])[0], *arguments]).replace("$", "$$")
+        return shlex.join([nvcc, "-ccbin", host, *arguments]).replace("$", "$$")
+
+    def escaped(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path.resolve()))
 
     text = f"""rule compile
   command = {line(flags)} -MD -MF $out.d -c $in -o $out
@@ -137,8 +143,8 @@ rule link
   command = {line(linking)} $in -o $out
 """
     for source, to in zip(sources, objects, strict=True):
-        text += f"build {to}: compile {Path(source).resolve()}\n"
-    text += f"build {output.resolve()}: link {' '.join(objects)}\n"
+        text += f"build {to}: compile {escaped(Path(source))}\n"
+    text += f"build {escaped(output)}: link {' '.join(objects)}\n"
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(text)
@@ -167,8 +173,8 @@ def extensions() -> dict[str, object]:
 
     class Build(BuildExtension):
         def run(self) -> None:
-            for output in self.get_outputs():
-                Path(output).unlink(missing_ok=True)
+            for stale in glob(f"{glob_escape(self.build_lib)}/fractal_kernels/_*.so"):
+                os.remove(stale)  # also of an extension that is not built this time
             built, compiler = [], self.compiler
             for module in self.extensions:  # one by one, so that one that fails does not take the other with it
                 self.extensions, self.compiler = [module], compiler  # run() replaces the compiler's name by an object
@@ -176,7 +182,7 @@ def extensions() -> dict[str, object]:
                     super().run()
                     built.append(module)
                 except Exception as error:
-                    word = str(error).splitlines()[0]
+                    word = (str(error) or type(error).__name__).splitlines()[0]
                     degrade(module.name, f"its build failed ({word}); the compiler's words are above (pip -v)")
             self.extensions = self.distribution.ext_modules = built
 

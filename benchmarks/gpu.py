@@ -137,7 +137,7 @@ class Round:
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if tool is None:
             raise Failed("there is no compute-sanitizer; it comes with the CUDA toolkit")
-        suite = [*PYTEST, "tests/test_cuda.py", "-k", "number_of_branches and cuda"]
+        suite = [*PYTEST, "tests/test_cuda.py", "-k", "number_of_branches_and_dtypes and cuda"]
         checks = ("memcheck", "racecheck", "initcheck")
         logs = [self.log(name) for name in checks]
         under = [tool, "--error-exitcode", "9", "--tool"]

@@ -4,7 +4,8 @@
 // V is a scalar or a SIMD vector of independent sites; every function is branch-free in V.
 //   z_b = (y_b - mean_b) * scale_b + shift_b          (centred first: exact where |mean| >> std)
 //   out = pool(act_out(weight * sum_b pool(act_branch(z_b))))
-// An activation is a floor: 0 for ReLU, -inf for none, so both are the same instructions, and NaN passes through.
+// An activation is a floor: 0 for ReLU, NaN for none (below which nothing is), so both are the same instructions, and
+// NaN passes through.
 #pragma once
 #include <cstdint>
 

@@ -24,6 +24,7 @@ __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 NAMES = ("cpu", "reference", "triton", "cuda")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 _override: list[str] = []
+_good: set[int] = set()  # CUDA devices that the compiled kernels run on
 
 
 class BackendUnavailable(RuntimeError):
@@ -96,20 +97,24 @@ class _Compiled:
         self.join_backward_apply = ops.join_backward_apply.default
 
 
-@cache
-def _problem_of(device: int) -> str:
-    module = extension("cuda")[0]
-    return "" if module is None else str(module.problem(device))
-
-
 @torch.compiler.assume_constant_result  # the compiler cannot trace the module
-def _problem() -> str:
-    """Why the compiled CUDA kernels do not run on the current device; nothing of a device that is not there."""
-    return _problem_of(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+def _problem(index: int | None) -> str:
+    """Why the compiled CUDA kernels do not run on a device; nothing of a device that is not there."""
+    module = extension("cuda")[0]
+    if module is None or not torch.cuda.is_available():
+        return ""
+    index = torch.cuda.current_device() if index is None else index
+    if index in _good:
+        return ""
+    problem = str(module.problem(index))
+    if not problem:  # one that there is may pass
+        _good.add(index)
+    return problem
 
 
-def why_not(name: str, device_type: str | None = None) -> str:
-    """Why a backend cannot be used (for this type of device), or an empty string."""
+def why_not(name: str, device: torch.device | None = None) -> str:
+    """Why a backend cannot be used (on this device), or an empty string."""
+    device_type = None if device is None else device.type
     if name == "reference":
         return ""
     if name == "cpu":
@@ -129,7 +134,7 @@ def why_not(name: str, device_type: str | None = None) -> str:
         return _elsewhere("CUDA devices", device_type)
     if device_type is None and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    return _problem() if name == "cuda" else ""
+    return _problem(device.index if device is not None else None) if name == "cuda" else ""
 
 
 def _elsewhere(there: str, device_type: str) -> str:
@@ -174,8 +179,8 @@ def use_backend(name: str) -> Iterator[None]:
         _override.pop()
 
 
-def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs ``op`` for inputs of this dtype on this type of device."""
+def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs ``op`` for inputs of this dtype on this device."""
     if backend is not None:
         argument, name = "backend", backend
     elif _override:
@@ -183,8 +188,8 @@ def resolve(op: str, backend: str | None, device_type: str, dtype: torch.dtype) 
     elif os.environ.get("FRACTAL_BACKEND"):
         argument, name = "FRACTAL_BACKEND", os.environ["FRACTAL_BACKEND"]
     else:
-        return next(name for name in NAMES if not why_not(name, device_type))
-    if reason := why_not(_known(op, argument, name), device_type):
+        return next(name for name in NAMES if not why_not(name, device))
+    if reason := why_not(_known(op, argument, name), device):
         raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
     if name in ("triton", "cuda") and dtype not in HALF_AND_SINGLE:
         names = ", ".join(str(d).removeprefix("torch.") for d in HALF_AND_SINGLE)

@@ -161,7 +161,7 @@ def fractal_block(
     checks.choice(op, "pool", pool, [None, "before", "after"])
     if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x of shape {list(x.shape)}")
-    backend = backends.resolve(op, backend, x.device.type, x.dtype)
+    backend = backends.resolve(op, backend, x.device, x.dtype)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dtype = accumulate_dtype(x.dtype)

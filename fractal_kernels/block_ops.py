@@ -27,21 +27,21 @@ def _plan(columns: int, path: Tensor, dense: bool) -> Plan:
     return everything(columns) if dense or path.dim() == 3 else plan(columns, tuple(path.flatten().tolist()))
 
 
-def _join_mask(path: Tensor, dense: bool, row: int, joined: tuple[Unit, ...], device: torch.device) -> Tensor | None:
-    """The mask of a join whose dropped branches did run: per sample, or dense execution."""
-    if path.dim() == 3 or dense:
-        return path[row, joined[0].column :].to(device)
-    return None
-
-
 class _Rows:
     """What forward and backward share: where a unit's output, parameters and statistics are."""
 
-    def __init__(self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int) -> None:
+    def __init__(
+        self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int, device: torch.device
+    ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.path, self.dense, self.flags = len(weights), channels, path, dense, flags
         self.schedule = schedule(self.columns)
         self.plan = _plan(self.columns, path, dense)
+        # Dropped branches run too, per sample or in dense execution, and joins take them out; one copy to the device.
+        self.masks = path.to(device) if path.dim() == 3 or dense else None
+
+    def mask(self, row: int, joined: tuple[Unit, ...]) -> Tensor | None:
+        return None if self.masks is None else self.masks[row, joined[0].column :]
 
     def groups(self, row: int, weights: list[Tensor]) -> list[tuple[Unit, ...]]:
         """The units of a row that live, as the convs that they run in."""
@@ -111,7 +111,7 @@ def _block_forward(
     launch = backends.launcher(backend)
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
-    rows = _Rows(weights, channels, path, dense, flags)
+    rows = _Rows(weights, channels, path, dense, flags, x.device)
     training = mean is None
     dtype = accumulate_dtype(x.dtype)
     live = x.new_zeros(units, dtype=dtype)
@@ -158,7 +158,7 @@ def _block_forward(
             pool = last and Flags(flags).pool
             source = empty(pooled(shape) if pool else shape, x, True)
             norm = rows.norm(joined, vectors)
-            mask = _join_mask(path, dense, row, joined, x.device)
+            mask = rows.mask(row, joined)
             launch.join_forward(source, [ys[u.id] for u in joined], mask, *norm, eps, rows.join_flags(row), True)
             for unit in joined:
                 del ys[unit.id]
@@ -208,7 +208,7 @@ def _block_backward(
     """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
     launch = backends.launcher(backend)
     units, channels = mean.shape
-    rows = _Rows(weights, channels, path, dense, flags)
+    rows = _Rows(weights, channels, path, dense, flags, x.device)
     pixels = x.shape[2] * x.shape[3]
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
@@ -235,7 +235,7 @@ def _block_backward(
             position -= len(joined)
             dz, dzx = (s[position : position + len(joined)] for s in sums)
             norm = rows.norm(joined, vectors)
-            mask = _join_mask(path, dense, row, joined, x.device)
+            mask = rows.mask(row, joined)
             g, y_list, code = to_layout(d, True), [ys[u.id] for u in joined], rows.join_flags(row)
             if batch_stats or gamma is not None:
                 launch.join_backward_reduce(dz, dzx, g, y_list, mask, *norm, eps, code, True)
@@ -248,7 +248,7 @@ def _block_backward(
         before = rows.plan.joins[row - 1] if row > 0 else ()
         if before and not rows.keeps_join(row - 1):
             source = empty(shape, x, True)
-            mask, code = _join_mask(path, dense, row - 1, before, x.device), rows.join_flags(row - 1)
+            mask, code = rows.mask(row - 1, before), rows.join_flags(row - 1)
             launch.join_forward(source, [ys[u.id] for u in before], mask, *rows.norm(before, vectors), eps, code, True)
         needs = row > 0 or needs_x
         total: Tensor | None = None

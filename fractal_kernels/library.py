@@ -136,6 +136,9 @@ def _alloc_apply(grad: Tensor, ys: list[Tensor], branches: int) -> tuple[list[Te
 @torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
 def _channel_stats(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     out = _alloc_stats(ys)
+    if ys[0].shape[1] == 0:
+        out[2].zero_()
+        return out
     channels_last = is_channels_last(ys)
     backends.launcher(backend).channel_stats(*out, [to_layout(y, channels_last) for y in ys], mask, channels_last)
     return out
@@ -154,6 +157,8 @@ def _join_forward(
     backend: str,
 ) -> Tensor:
     out, channels_last = _alloc_join(ys, flags)
+    if out.numel() == 0:
+        return out
     ys = [to_layout(y, channels_last) for y in ys]
     backends.launcher(backend).join_forward(out, ys, mask, means, vars, weights, biases, eps, flags, channels_last)
     return out
@@ -173,6 +178,8 @@ def _join_backward_reduce(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     sum_dz, sum_dzx, _ = _alloc_stats(ys)
+    if sum_dz.numel() == 0:
+        return sum_dz, sum_dzx
     channels_last = is_channels_last(ys)
     ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
     backends.launcher(backend).join_backward_reduce(
@@ -197,6 +204,8 @@ def _join_backward_apply(
     backend: str,
 ) -> list[Tensor]:
     dys, channels_last = _alloc_apply(grad, ys, branches)
+    if dys[0].numel() == 0:
+        return dys
     ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
     backends.launcher(backend).join_backward_apply(
         dys, grad, ys, mask, means, vars, weights, biases, sums, eps, flags, channels_last

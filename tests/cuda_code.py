@@ -90,9 +90,15 @@ class Code:
     def blocks(self) -> int:
         """How many are to fit on a multiprocessor: csrc/cuda/join.cuh and stats.cuh."""
         k, plain = self.branches, self.window == 1
-        forward = 2 if not plain or k > 3 else 3 if k == 3 else 4
-        apply = 3 if plain and k <= 2 else 2
-        return {"channel_stats": 4, "join_forward": forward, "join_backward_reduce": 2}.get(self.kernel, apply)
+        if self.kernel == "join_forward":
+            return 2 if not plain or k > 3 else 3 if k == 3 else 4
+        if self.kernel == "join_backward_apply":
+            return 3 if plain and k <= 2 else 2
+        if self.kernel == "channel_stats":
+            return 4
+        if self.axis == "channels":
+            return 2 if k > 1 else 3 if plain else 4
+        return 2 if k > 3 else 4 if k == 1 or not plain else 3
 
     @property
     def bytes(self) -> int:

@@ -161,3 +161,11 @@ def test_errors():
     with pytest.raises(ValueError, match="extract_column: expected c from 0 to 1, got 5"):
         net.extract_column(5)
     assert isinstance(net.sample_path(2), Path)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sample"])
+def test_paths_are_drawn_on_the_cpu(granularity):
+    with torch.device("meta"):  # stands for any other default device
+        for seed in range(4):
+            path = sample_path(2, 3, 8, granularity=granularity, generator=torch.Generator("cpu").manual_seed(seed))
+            assert path.keep.device.type == "cpu" and path.keep.any()

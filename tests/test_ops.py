@@ -182,6 +182,42 @@ def test_dropped_branches_are_not_read(case, backend):
         assert all(t.isfinite().all() for t in result.tensors())
 
 
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("pool", [None, "before", "after"])
+def test_statistics_of_dropped_branches_are_not_used(pool, bad, backend):
+    case = Case(3, mask="batch", pool=pool, training=False)
+    data = draw(case, torch.float32)
+    data.mask = torch.tensor([True, False, True], device=data.mask.device)
+    data.running_means[1].fill_(bad)
+    data.running_vars[1].fill_(bad)
+    result = run(case, data, backend)
+    assert all(t.isfinite().all() for t in (result.out, *result.grads))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_no_channels(layout, backend):
+    ys = [LAYOUTS[layout](torch.ones(2, 0, 4, 4)).requires_grad_() for _ in range(2)]
+    empty = [torch.ones(0) for _ in range(2)]
+    for out in (
+        masked_mean_join(ys, backend=backend),
+        bn_relu_join(ys, empty, empty, None, None, training=True, backend=backend),
+    ):
+        assert out.shape == (2, 0, 4, 4)
+        assert [g.shape for g in torch.autograd.grad(out.sum(), ys)] == [y.shape for y in ys]
+    _, _, count = torch.ops.fractal_kernels.channel_stats([y.detach() for y in ys], None, backend)
+    assert (count == count).all()
+
+
+@pytest.mark.parametrize("pool", ["before", "after"])
+def test_windows_of_minus_infinity(pool, backend):
+    """Without an activation nothing is below a floor: the first of a window gets the gradient."""
+    y = torch.full((1, 8, 2, 2), -INF).requires_grad_()
+    ones = [torch.ones(8)], [torch.zeros(8)]
+    out = bn_relu_join([y], *ones, *ones[::-1], activation="none", pool=pool, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), y)
+    assert (grad[..., 0, 0] > 0.9).all() and grad.count_nonzero() == 8
+
+
 @pytest.mark.parametrize("pool", [None, "before", "after"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("normalise", [True, False])

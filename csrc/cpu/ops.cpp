@@ -268,7 +268,8 @@ void reduce_typed(const Job& job, const Params<A>& params, Tensor& sum_dz, Tenso
   for (int64_t b = 0; b < k; ++b)
     for (int64_t c = 0; c < C; ++c) {
       dz[b * C + c] = static_cast<A>(total[2 * b * C + c]);
-      dzx[b * C + c] = static_cast<A>(total[(2 * b + 1) * C + c] * params.invstd[b * C + c]);
+      const double sum = total[(2 * b + 1) * C + c];  // invstd of a dropped branch may be infinite
+      dzx[b * C + c] = sum == 0 ? A(0) : static_cast<A>(sum * params.invstd[b * C + c]);
     }
 }
 

@@ -14,13 +14,16 @@ namespace fractal::cuda {
 // Blocks that fit on a multiprocessor together: what bounds the registers of a thread.
 constexpr int blocks_forward(int k, int np) { return np == 4 || k > 3 ? 2 : k == 3 ? 3 : 4; }
 constexpr int blocks_apply(int k, int np) { return np == 4 || k > 2 ? 2 : 3; }
-constexpr int kBlocksReduce = 2;
+constexpr int blocks_reduce(int k, int np, Axis axis) {
+  if (axis == Axis::kChannels) return k == 1 ? (np == 4 ? 4 : 3) : 2;
+  return k > 3 ? 2 : np == 4 ? 4 : k == 1 ? 4 : 3;
+}
 
-constexpr int unroll(int k, int np) { return np == 4 || k > 3 ? 1 : k == 1 ? 4 : 2; }
+constexpr int unroll(int k, int np, int v) { return np == 4 || k > 4 ? 1 : k == 1 || v == 1 ? 4 : 2; }
 
 template <class T, int K, int NP, Axis A, int V>
 struct Units {  // that a thread takes at once
-  static constexpr int U = unroll(K, NP);
+  static constexpr int U = unroll(K, NP, V);
   Tile<T, NP, A, V> y[U][K];
   Walk at[U];
   unsigned live[U];
@@ -101,7 +104,8 @@ __device__ __forceinline__ void block_sum(float (&values)[N]) {
 }
 
 template <class T, int K, int NP, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, kBlocksReduce) join_backward_reduce(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, blocks_reduce(K, NP, A))
+    join_backward_reduce(const __grid_constant__ Args a) {
   constexpr int P = A == Axis::kChannels ? V : 1;
   for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {
     const int c = channel<A, V>(group);
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksReduce) join_backward_reduce(
               const float dz = units.live[u] >> b & 1 ? z[b][e] : 0.f;
               const float d = static_cast<float>(units.y[u][b].at(e, v)) - norm.mean[b][v % P];
               sums[(2 * b) * P + v % P] += dz;
-              sums[(2 * b + 1) * P + v % P] += dz * d;
+              sums[(2 * b + 1) * P + v % P] += units.live[u] >> b & 1 ? dz * d : 0.f;
             }
           }
         }
@@ -144,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksReduce) join_backward_reduce(
     for (int p = 0; p < P; ++p) {
       float* to = a.partial + (int64_t(blockIdx.x) * 2 * a.k + 2 * b) * a.C + c + p;
       to[0] = sums[(2 * b) * P + p];
-      to[a.C] = sums[(2 * b + 1) * P + p] * Norm<K, P>::invstd(a, b, c + p);
+      const float dzx = sums[(2 * b + 1) * P + p];
+      to[a.C] = dzx == 0.f ? 0.f : dzx * Norm<K, P>::invstd(a, b, c + p);  // of a dropped branch it may be infinite
     }
   }
 }
@@ -162,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, blocks_apply(K, NP)) join_backward_a
     for (int p = 0; p < P; ++p) {
       const bool has = b < a.k && a.count != nullptr;
       const float factor = has ? -norm.scale[b][p] / fmaxf(a.count[b], 1.f) : 0.f;
-      centre[b][p] = has ? factor * a.sum_dz[b * a.C + c + p] : 0.f;
-      slope[b][p] = has ? factor * a.sum_dzx[b * a.C + c + p] * Norm<K, P>::invstd(a, b, c + p) : 0.f;
+      centre[b][p] = has ? factor * a.sum_dz[int64_t(b) * a.C + c + p] : 0.f;
+      slope[b][p] = has ? factor * a.sum_dzx[int64_t(b) * a.C + c + p] * Norm<K, P>::invstd(a, b, c + p) : 0.f;
     }
     Units<T, K, NP, A, V> units;
     Live<K> mask;

@@ -26,17 +26,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-const float* floats(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(),
-                  "fractal_kernels cuda: expected contiguous float32 parameters and sums");
-  return static_cast<const float*>(t.data_ptr());
-}
-
-float* mutable_floats(const Tensor& t) { return const_cast<float*>(floats(t)); }
-
-void set(const float* (&to)[kMaxBranches], const Tensors& from) {
-  for (size_t b = 0; b < from.size(); ++b) to[b] = floats(from[b]);
-}
+float* mutable_floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 struct Norms {
   const Tensors &means, &vars, &weights, &biases;
@@ -53,31 +43,57 @@ struct Call {
         channels_last(channels_last),
         pool(flags & (kPoolBefore | kPoolAfter)),
         device(like.get_device_index()) {
-    constexpr int64_t most = std::numeric_limits<int>::max() - 65536;  // rows and columns are counted in 32 bits
+    constexpr int64_t most =
+        std::numeric_limits<int>::max() - (1 << 20);  // counted in 32 bits, a step past the end too
     STD_TORCH_CHECK(k >= 1 && k <= kMaxBranches, "fractal_kernels cuda: expected 1 to 8 branches, got ", k);
     STD_TORCH_CHECK(g.H * g.W <= most && g.C <= most, "fractal_kernels cuda: expected at most ", most,
                     " channels and pixels in a sample, got ", g.C, " and ", g.H * g.W);
+    STD_TORCH_CHECK(ys.empty() ? kernel == Kernel::kApply : static_cast<int64_t>(ys.size()) == k,
+                    "fractal_kernels cuda: expected ", k, " branches, got ", ys.size());
     a.N = g.N, a.k = k, a.C = g.C, a.H = g.H, a.W = g.W;
     for (size_t b = 0; b < ys.size(); ++b) {
       STD_TORCH_CHECK(ys[b].scalar_type() == type, "fractal_kernels cuda: branches of different dtypes");
+      check_device(ys[b]);
       a.y[b] = view_of(ys[b], pool);
     }
     a.reads_y = !ys.empty();
     if (mask.has_value()) {
-      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->size(0) == k,
-                      "fractal_kernels cuda: expected a bool mask with one row per branch");
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->size(0) == k &&
+                          (mask->dim() == 1 || (mask->dim() == 2 && mask->size(1) == g.N)),
+                      "fractal_kernels cuda: expected a bool mask [branches] or [branches, samples]");
+      check_device(*mask);
       a.mask = static_cast<const uint8_t*>(mask->data_ptr());
       a.mask_k = mask->stride(0), a.mask_n = mask->dim() == 2 ? mask->stride(1) : 0;
     }
-    const float none = -std::numeric_limits<float>::infinity();
+    const float none = std::numeric_limits<float>::quiet_NaN();
     a.floor_branch = flags & kReluBranch ? 0.f : none;
     a.floor_output = flags & kReluOutput ? 0.f : none;
     a.gate_output = flags & kReluOutput;
     a.sum = flags & kSum, a.pool_before = flags & kPoolBefore;
   }
 
+  void check_device(const Tensor& t) const {
+    STD_TORCH_CHECK(t.get_device_index() == device.index, "fractal_kernels cuda: expected all tensors on device ",
+                    device.index, ", got one on ", t.get_device_index());
+  }
+
+  const float* floats(const Tensor& t, int64_t numbers) const {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() >= numbers,
+                    "fractal_kernels cuda: expected at least ", numbers, " contiguous float32 parameters or sums");
+    check_device(t);
+    return static_cast<const float*>(t.data_ptr());
+  }
+
+  void set(const float* (&to)[kMaxBranches], const Tensors& from, bool optional) const {
+    STD_TORCH_CHECK((optional && from.empty()) || from.size() == static_cast<size_t>(a.k),
+                    "fractal_kernels cuda: expected parameters of ", a.k, " branches, got ", from.size());
+    for (size_t b = 0; b < from.size(); ++b) to[b] = floats(from[b], a.C);
+  }
+
   void set_norms(const Norms& n) {
-    set(a.mean, n.means), set(a.var, n.vars), set(a.weight, n.weights), set(a.bias, n.biases);
+    const bool optional = kernel != Kernel::kReduce;
+    set(a.mean, n.means, optional), set(a.var, n.vars, n.means.empty());
+    set(a.weight, n.weights, true), set(a.bias, n.biases, true);
     a.eps = static_cast<float>(n.eps);
   }
 
@@ -88,7 +104,7 @@ struct Call {
   }
 
   void start() {
-    if (a.C == 0 || ((kernel == Kernel::kForward || kernel == Kernel::kApply) && a.N == 0)) return;
+    if ((kernel == Kernel::kForward || kernel == Kernel::kApply) && a.N == 0) return;
     if (type == ScalarType::Float)
       run<float>(kernel, plan, a, device.stream);
     else if (type == ScalarType::Half)
@@ -102,7 +118,6 @@ struct Call {
   // Starts merge(arguments) over `rows` rows of all channels.
   template <class... P, class... B>
   void merge(const char* name, void (*kernel)(P...), unsigned rows, size_t item, B... arguments) {
-    if (a.C == 0) return;
     const unsigned width = kMergeWidth, groups = (a.C + width - 1) / width;
     launch(device.stream, name, kernel, dim3(groups, rows), dim3(width, kMergeRows), width * kMergeRows * item,
            P(arguments)...);
@@ -121,6 +136,7 @@ namespace launchers {  // the kernels have these names too
 
 void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, bool channels_last) {
   const int64_t k = ys.size();
+  STD_TORCH_CHECK(k >= 1, "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   Call call(Kernel::kStats, ys[0], geometry_of(ys[0], false), k, ys, mask, 0, channels_last);
   call.make(false);
   const int rows = call.plan.blocks_x, C = call.a.C;
@@ -133,6 +149,7 @@ void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optio
 
 void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars, Tensors weights,
                   Tensors biases, double eps, int64_t flags, bool channels_last) {
+  STD_TORCH_CHECK(!ys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kForward, out, g, ys.size(), ys, mask, flags, channels_last);
   call.a.out = view_of(out, call.pool);
@@ -145,6 +162,7 @@ void join_backward_reduce(Tensor sum_dz, Tensor sum_dzx, Tensor grad, Tensors ys
                           Tensors means, Tensors vars, Tensors weights, Tensors biases, double eps, int64_t flags,
                           bool channels_last) {
   const int64_t k = ys.size();
+  STD_TORCH_CHECK(!ys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kReduce, grad, g, k, ys, mask, flags, channels_last);
   call.a.out = view_of(grad, call.pool);
@@ -160,13 +178,17 @@ void join_backward_reduce(Tensor sum_dz, Tensor sum_dzx, Tensor grad, Tensors ys
 
 void join_backward_apply(Tensors dys, Tensor grad, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars,
                          Tensors weights, Tensors biases, Tensors sums, double eps, int64_t flags, bool channels_last) {
+  STD_TORCH_CHECK(!dys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(dys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kApply, grad, g, dys.size(), ys, mask, flags, channels_last);
   call.a.out = view_of(grad, call.pool);
   for (size_t b = 0; b < dys.size(); ++b) call.a.dy[b] = view_of(dys[b], call.pool);
   call.set_norms({means, vars, weights, biases, eps});
   if (!sums.empty()) {
-    call.a.sum_dz = floats(sums[0]), call.a.sum_dzx = floats(sums[1]), call.a.count = floats(sums[2]);
+    STD_TORCH_CHECK(sums.size() == 3, "fractal_kernels cuda: expected 3 sums, got ", sums.size());
+    const int64_t k = call.a.k, total = k * call.a.C;
+    call.a.sum_dz = call.floats(sums[0], total), call.a.sum_dzx = call.floats(sums[1], total);
+    call.a.count = call.floats(sums[2], k);
     call.a.all_samples = mask.has_value() && mask->dim() == 2 && !(flags & kStatsLive);
   }
   call.make(true);

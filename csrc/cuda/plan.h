@@ -57,7 +57,7 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
   }
   if (!stats)
     aligned &= is_aligned(a.out, p.axis, p.lanes, itemsize, a.N, a.C, Hout, np == 4 && !channels_last ? a.W / 2 : Wout);
-  if (!aligned) p.k = stats ? 1 : kMaxBranches, p.axis = Axis::kChannels, p.lanes = 1;
+  if (!aligned) p.axis = Axis::kChannels, p.lanes = 1;
 
   const bool pixels = p.axis == Axis::kPixels;
   const int vectors = pixels ? a.C : (a.C + p.lanes - 1) / p.lanes;
@@ -76,12 +76,12 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
   const int64_t units = a.N * a.rows * a.columns, threads_y = kThreads / p.threads_x;
   const int resident = stats                        ? kBlocksStats
                        : kernel == Kernel::kForward ? blocks_forward(p.k, np)
-                       : kernel == Kernel::kReduce  ? kBlocksReduce
+                       : kernel == Kernel::kReduce  ? blocks_reduce(p.k, np, p.axis)
                                                     : blocks_apply(p.k, np);
   const bool sums =
       stats || kernel == Kernel::kReduce;  // each block leaves a partial: no more of them than run at once
   const int64_t most = int64_t(processors) * resident * (sums ? 1 : 4);
-  const int64_t at_once = threads_y * (stats ? 4 : unroll(p.k, np));
+  const int64_t at_once = threads_y * (stats ? 4 : unroll(p.k, np, p.lanes));
   p.blocks_y = std::min(a.groups, 65535);
   p.blocks_z = stats ? a.k : 1;
   const int64_t columns = int64_t(p.blocks_y) * p.blocks_z;

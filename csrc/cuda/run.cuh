@@ -27,7 +27,7 @@ void start(Kernel kernel, const Plan& p, const Args& a, Stream stream) {
     start<T, K, NP, Axis::kPixels, lanes(sizeof(T), K, NP, Axis::kPixels)>(kernel, p, a, stream);
   else if (p.lanes > 1)
     start<T, K, NP, Axis::kChannels, lanes(sizeof(T), K, NP, Axis::kChannels)>(kernel, p, a, stream);
-  else if constexpr (K == kMaxBranches)
+  else
     start<T, K, NP, Axis::kChannels, 1>(kernel, p, a, stream);
 }
 

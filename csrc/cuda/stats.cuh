@@ -1,8 +1,8 @@
 // channel_stats.
 //
-// channel_stats: grid as in join.cuh, z over branches; reads y once. Welford's update for each thread and channel,
-// relative to the first value it saw (exact where |mean| >> std), then Chan's merge over the warp, the block and, in
-// merge_stats, the blocks: always in the same order.
+// channel_stats: grid as in join.cuh, z over branches; reads y once. For each thread and channel, relative to
+// the first value it saw (exact where |mean| >> std): Welford's update by single values, Chan's merge of four at a
+// time; then Chan's merge over the warp, the block and, in merge_stats, the blocks: always in the same order.
 #pragma once
 #include "site.cuh"
 
@@ -50,6 +50,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksStats) channel_stats(const __
           if (there[u]) y[u].load(a, a.y[b], walk, c);
           advance(a, walk);
         }
+        if (number > 0.f && there[0] && there[1] && there[2] && there[3]) {
+          // Four values relative to the first of them lose nothing: of their squares, at least a quarter is variance.
+          const float total = number + U, weight = U / total, both = number * weight;
+          FRACTAL_UNROLL
+          for (int v = 0; v < V; ++v) {
+            const float value = static_cast<float>(y[0].at(0, v));
+            float sum = 0.f, squares = 0.f;
+            FRACTAL_UNROLL
+            for (int u = 1; u < U; ++u) {
+              const float d = static_cast<float>(y[u].at(0, v)) - value;
+              sum += d;
+              squares += d * d;
+            }
+            const float delta = (value - origin[v]) + sum * (1.f / U) - mean[v];
+            mean[v] += delta * weight;
+            m2[v] += (squares - sum * sum * (1.f / U)) + delta * delta * both;
+          }
+          number = total;
+          continue;
+        }
         FRACTAL_UNROLL
         for (int u = 0; u < U; ++u) {
           if (!there[u]) continue;
@@ -87,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksStats) channel_stats(const __
         float* to = a.partial + (int64_t(blockIdx.x) * a.k + b) * 3 * a.C + c + p;
         to[0] = moments[p].origin;
         to[a.C] = moments[p].mean;
-        to[2 * a.C] = moments[p].m2;
+        to[2 * int64_t(a.C)] = moments[p].m2;
       }
       if (c == 0) a.number[int64_t(blockIdx.x) * a.k + b] = moments[0].number;
     }

@@ -129,7 +129,7 @@ def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, ba
     op = "masked_mean_join"
     ys = checks.branches(op, inputs)
     mask = checks.mask(op, mask, ys)
-    backend = backends.resolve(op, backend, ys[0].device.type, ys[0].dtype)
+    backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
     return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -148,11 +148,11 @@ def normalised_join(
     backend: str | None,
 ) -> Tensor:
     """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
-    backend = backends.resolve(op, backend, ys[0].device.type, ys[0].dtype)
+    backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
     k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
     checks.momentum(op, momentum, ys)
     batch_stats = training or running_means[0] is None
-    per_channel = ys[0].shape[0] * ys[0][0, 0].numel() if ys[0].shape[0] else 0
+    per_channel = ys[0].numel() // max(channels, 1)
     if training and per_channel == 1:
         raise ValueError(
             f"{op}: expected more than 1 value per channel when training, got inputs of shape {list(ys[0].shape)}"

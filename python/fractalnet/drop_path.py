@@ -30,7 +30,7 @@ class Path:
             raise ValueError(f"Path: expected keep bool [B, R, C] or [B, R, C, N], got {keep.dtype} {list(keep.shape)}")
         self.keep = keep
         self.column = column
-        self.alone = torch.tensor(int(column is not None))
+        self.alone = torch.tensor(int(column is not None), device="cpu")
 
     def __repr__(self) -> str:
         return f"Path(keep={list(self.keep.shape)}, column={self.column})"
@@ -38,7 +38,7 @@ class Path:
 
 def _ends(columns: int) -> Tensor:
     s = schedule(columns)
-    ends = torch.zeros(s.rows, columns, dtype=torch.bool)
+    ends = torch.zeros(s.rows, columns, dtype=torch.bool, device="cpu")
     for row, units in enumerate(s.ends):
         for unit in units:
             ends[row, unit.column] = True
@@ -54,14 +54,14 @@ def column_path(blocks: int, columns: int, column: int) -> Path:
     """One column alone through the whole network."""
     if not isinstance(column, int) or not 0 <= column < columns:
         raise ValueError(f"column_path: expected column from 0 to {columns - 1}, got {column!r}")
-    only = torch.zeros(columns, dtype=torch.bool)
+    only = torch.zeros(columns, dtype=torch.bool, device="cpu")
     only[column] = True
     return Path((_ends(columns) & only).expand(blocks, -1, -1).clone(), column)
 
 
 def _local(blocks: int, columns: int, p: float, samples: int, generator: torch.Generator | None) -> Tensor:
     ends = _ends(columns).unsqueeze(-1)
-    draws = torch.rand((2, blocks, *ends.shape[:2], samples), generator=generator)
+    draws = torch.rand((2, blocks, *ends.shape[:2], samples), generator=generator, device="cpu")
     keep = (draws[0] >= p) & ends
     revived = torch.zeros_like(keep).scatter_(2, (draws[1] + ends).argmax(2, keepdim=True), True)
     return keep | (revived & ~keep.any(2, keepdim=True))
@@ -95,13 +95,13 @@ def sample_path(
         if not 0 <= value <= 1:
             raise ValueError(f"sample_path: expected {name} in [0, 1], got {value!r}")
     if granularity == "batch":
-        if torch.rand((), generator=generator) < global_ratio:
-            return column_path(blocks, columns, int(torch.randint(columns, (), generator=generator)))
+        if torch.rand((), generator=generator, device="cpu") < global_ratio:
+            return column_path(blocks, columns, int(torch.randint(columns, (), generator=generator, device="cpu")))
         return Path(_local(blocks, columns, local_drop, 1, generator)[..., 0])
     keep = _local(blocks, columns, local_drop, batch_size, generator)
     alone = round(global_ratio * batch_size)
     if alone:
-        chosen = torch.randint(columns, (alone,), generator=generator)
-        only = torch.arange(columns).unsqueeze(1) == chosen
+        chosen = torch.randint(columns, (alone,), generator=generator, device="cpu")
+        only = torch.arange(columns, device="cpu").unsqueeze(1) == chosen
         keep[..., batch_size - alone :] = _ends(columns).unsqueeze(-1) & only
     return Path(keep)
