@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.report import RESULTS, ROOT, ReportError, commit, condense, table, write_text
 
-LIMITS = {"build": 240, "test": 300, "sanitize": 400, "tune": 300, "kernels": 240}  # seconds
+LIMITS = {"build": 240, "test": 300, "sanitize": 400, "tune": 300, "kernels": 300}  # seconds
 ALWAYS = ("build", "test", "kernels")
 TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "triton", "tiles", "tuning", "cuda")]
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]

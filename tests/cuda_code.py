@@ -88,7 +88,7 @@ class Code:
 
     @property
     def blocks(self) -> int:
-        """How many are to fit on a multiprocessor: csrc/cuda/join.cuh and stats.cuh."""
+        """How many of 128 threads are to fit on a multiprocessor: csrc/cuda/join.cuh and stats.cuh."""
         k, plain = self.branches, self.window == 1
         if self.kernel == "join_forward":
             return 2 if not plain or k > 3 else 3 if k == 3 else 4
@@ -96,8 +96,10 @@ class Code:
             return 3 if plain and k <= 2 else 2
         if self.kernel == "channel_stats":
             return 4
+        if self.kernel.startswith("merge_"):
+            return 4  # one of 512 threads: there are fewer of them than multiprocessors
         if self.axis == "channels":
-            return 2 if k > 1 else 3 if plain else 4
+            return 2 if k > 1 else 3
         return 2 if k > 3 else 4 if k == 1 or not plain else 3
 
     @property
@@ -119,12 +121,11 @@ def tool(name: str) -> str | None:
 
 def machine_code(folder: Path, capability: int) -> Iterator[Code]:
     """Compiles every kernel for a GPU of this capability."""
-    cubins = [folder / f"{element}_{capability}.cubin" for element in ELEMENTS]
+    sources = {element: SOURCES / f"kernels_{element}.cu" for element in ELEMENTS} | {"merges": SOURCES / "ops.cu"}
+    cubins = [folder / f"{name}_{capability}.cubin" for name in sources]
     flags = ["-std=c++17", "-O3", TARGET, *INCLUDES[1:], "-cubin", f"-arch=sm_{capability}", "-Xptxas", "-v"]
-    commands = [
-        [tool("nvcc"), *flags, SOURCES / f"kernels_{e}.cu", "-o", c] for e, c in zip(ELEMENTS, cubins, strict=True)
-    ]
-    for element, cubin, log in zip(ELEMENTS, cubins, every(commands), strict=True):
+    commands = [[tool("nvcc"), *flags, s, "-o", c] for s, c in zip(sources.values(), cubins, strict=True)]
+    for element, cubin, log in zip(sources, cubins, every(commands), strict=True):
         codes = dict(_usage(log, element))
         for name, body in _functions(run([tool("nvdisasm"), cubin])):
             code = codes[name]
@@ -140,6 +141,12 @@ def _usage(log: str, element: str) -> Iterator[tuple[str, Code]]:
         r"(\d+) bytes spill stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers"
     )
     for name, stack, stores, loads, registers in re.findall(pattern, log):
+        if merge := re.search(r"\d+(merge_[a-z]+)E", name):
+            yield (
+                name,
+                Code(merge[1], element, 1, 1, "channels", 1, int(registers), int(stack), int(stores) + int(loads)),
+            )
+            continue
         kernel = re.search(r"\d+(join_\w+?|channel_stats)I", name)[1]
         numbers = [int(n) for n in re.findall(r"Li(\d+)E", name)]
         axis = ("channels", "pixels")[int(re.search(r"AxisE(\d)E", name)[1])]

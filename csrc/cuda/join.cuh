@@ -15,7 +15,7 @@ namespace fractal::cuda {
 constexpr int blocks_forward(int k, int np) { return np == 4 || k > 3 ? 2 : k == 3 ? 3 : 4; }
 constexpr int blocks_apply(int k, int np) { return np == 4 || k > 2 ? 2 : 3; }
 constexpr int blocks_reduce(int k, int np, Axis axis) {
-  if (axis == Axis::kChannels) return k == 1 ? (np == 4 ? 4 : 3) : 2;
+  if (axis == Axis::kChannels) return k == 1 ? 3 : 2;
   return k > 3 ? 2 : np == 4 ? 4 : k == 1 ? 4 : 3;
 }
 
