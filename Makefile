@@ -57,9 +57,9 @@ interpret: $(STAMP)
 # extension loaded into a CUDA build of the oldest PyTorch that can load it, and built there. Ten minutes, 5 GB.
 cuda-check: $(STAMP)
 	FRACTAL_CUDA=all $(PY) -m pytest -q tests/test_simt.py tests/test_cuda.py $(ARGS)
-	FRACTAL_BUILD=cuda $(PY) setup.py -q build_ext --inplace
+	FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy setuptools wheel ninja pybind11
+	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_load.py
 	FRACTAL_BUILD=cuda .venv-cuda/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .
 	cd tests && ../.venv-cuda/bin/python cuda_load.py

@@ -22,7 +22,8 @@ Stream current_stream(int32_t device) {
   }();
   if (get == nullptr) throw std::runtime_error("fractal_kernels cuda: the installed PyTorch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  if (get(device, &stream) != 0)
+    throw std::runtime_error("fractal_kernels cuda: PyTorch has no current stream on device " + std::to_string(device));
   return static_cast<Stream>(stream);
 }
 
