@@ -62,7 +62,7 @@ cuda-check: $(STAMP)
 	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_load.py
 	FRACTAL_BUILD=cuda .venv-cuda/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .
-	cd tests && ../.venv-cuda/bin/python cuda_load.py
+	cd tests && PYTHONPATH= ../.venv-cuda/bin/python cuda_load.py
 
 # The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
 #   make gpu RESULTS=folder STAGES=test,kernels      (build, test, sanitize, tune, kernels; ARGS=--dry-run needs no GPU)
