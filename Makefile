@@ -45,7 +45,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m benchmarks.report --run $(ARGS)
 
-# Every Triton kernel with every flag as machine code of two GPUs: registers, spills, width of loads. Two hours.
+# Every Triton kernel with every flag as machine code of two GPUs: registers, spills, width of loads. Two hours, by
+# estimate.
 aot: $(STAMP)
 	FRACTAL_AOT=all $(PY) -m pytest -q tests/test_triton.py tests/test_tiles.py -k machine_code $(ARGS)
 

@@ -128,7 +128,8 @@ def build_cuda(output: Path, folder: Path) -> None:
     sources = sorted(glob("csrc/cuda/*.cu"))
     objects = [f"{Path(source).name}.o" for source in sources]
 
-    host = next(word for word in shlex.split(os.environ["CXX"]) if Path(word).name not in ("ccache", "sccache", "env"))
+    wrappers = ("ccache", "sccache", "distcc", "env")
+    host = next(word for word in shlex.split(os.environ["CXX"]) if Path(word).name not in wrappers)
 
     def line(arguments: list[str]) -> str:  # nvcc knows where CUDA's headers and libraries are
         return shlex.join([nvcc, "-ccbin", host, *arguments]).replace("$", "$$")

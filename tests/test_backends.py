@@ -1,4 +1,4 @@
-"""What is available, what the report says, and the library without its extension."""
+"""What is available, what the report says, the library without its extension, and its instruction sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import fractal_kernels
@@ -116,3 +117,36 @@ def test_environment_names_a_missing_backend():
 def test_import_is_quiet():
     done = python("import fractal_kernels")
     assert done.returncode == 0 and done.stdout == "" and done.stderr == ""
+
+
+# --- instruction sets --------------------------------------------------------------------------
+
+ISA_CHECK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from cases import Case, check, draw
+for case in (Case(3), Case(5, mask="sample", stats="live", pool="before"), Case(2, pool="after", activation="output"),
+             Case(3, affine=False, normalise=False, mask="batch"), Case(4, training=False, mask="sample")):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for layout in ("channels_last", "contiguous", "channel_slice"):
+            for channels in (3, 16, 37):
+                check(case, draw(case, dtype, (3, channels, 7, 6), [layout]), "cpu")
+from fractal_kernels import _C
+print("checked with", _C.simd_in_use())
+"""
+
+
+def machine_has(isa: str) -> bool:
+    if isa == "baseline":
+        return True
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability.startswith("AVX512") or (isa == "avx2" and capability == "AVX2")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(isa, cpu_backend):
+    if not machine_has(isa):
+        pytest.skip(f"this machine has no {isa}: PyTorch sees {torch.backends.cpu.get_cpu_capability()}")
+    done = python(ISA_CHECK, os.path.dirname(__file__), FRACTAL_CPU_ISA=isa)
+    assert done.returncode == 0 and done.stdout == f"checked with {isa}\n", done.stdout + done.stderr[-3000:]

@@ -20,7 +20,7 @@ from fractal_kernels import BackendUnavailable, available_backends, backends, ma
 
 HERE = Path(__file__).resolve().parent
 SUITE = [str(HERE / name) for name in ("test_ops.py", "test_gpu.py", "test_cuda.py")]
-# By the sanitizers and in other orders of the threads: all flags, and what is at the edges.
+# By the sanitizers: all flags, and what is at the edges.
 EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
 needs_compiler = pytest.mark.skipif(cuda_code.compiler() is None, reason="needs a C++ compiler: c++ or g++")
 thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make cuda-check: FRACTAL_CUDA=all")

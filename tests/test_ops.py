@@ -1,11 +1,9 @@
-"""Every flag, layout, dtype and instruction set of the join against the oracle, forward and backward."""
+"""Every flag, layout and dtype of the join against the oracle, forward and backward."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -364,39 +362,3 @@ def test_saved_for_backward():
     big = [t for t in saved if t.numel() >= data.ys[0].numel()]
     assert {t.data_ptr() for t in big} == {y.data_ptr() for y in data.ys} and len(big) == 3
     assert sum(t.numel() for t in saved) - sum(t.numel() for t in big) <= 3 * 16 * 4 + 3 + data.mask.numel()
-
-
-# --- instruction sets --------------------------------------------------------------------------
-
-ISA_CHECK = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from cases import Case, check, draw
-for case in (Case(3), Case(5, mask="sample", stats="live", pool="before"), Case(2, pool="after", activation="output"),
-             Case(3, affine=False, normalise=False, mask="batch"), Case(4, training=False, mask="sample")):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for layout in ("channels_last", "contiguous", "channel_slice"):
-            for channels in (3, 16, 37):
-                check(case, draw(case, dtype, (3, channels, 7, 6), [layout]), "cpu")
-from fractal_kernels import _C
-print("checked with", _C.simd_in_use())
-"""
-
-
-def machine_has(isa: str) -> bool:
-    if isa == "baseline":
-        return True
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability.startswith("AVX512") or (isa == "avx2" and capability == "AVX2")
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_instruction_sets(isa, cpu_backend):
-    if not machine_has(isa):
-        pytest.skip(f"this machine has no {isa}: PyTorch sees {torch.backends.cpu.get_cpu_capability()}")
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "FRACTAL_CPU_ISA": isa}
-    env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(here), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", ISA_CHECK, here], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout == f"checked with {isa}\n", done.stdout + done.stderr[-3000:]

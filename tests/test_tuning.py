@@ -388,10 +388,8 @@ def test_show(monkeypatch, capsys):
     put(OTHER)
     path_of(CASE._replace(bits=7)).write_text("{}")
     cli(monkeypatch, "--show")
-    assert capsys.readouterr().out.splitlines() == [
-        str(tuning.cache_folder()),
-        f"{tuning.machine(0)[0]} {CASE.key()} {list(OTHER)} {{}}",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [str(tuning.cache_folder()), f"{tuning.machine(0)[0]} {CASE.key()} {list(OTHER)} {{}}"]
 
 
 def test_command_line():

@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -33,7 +32,7 @@ struct Norms {
   double eps;
 };
 
-// One call of a kernel: the device's current stream, the arguments, and the plan once start() or rows() is called.
+// One call of a kernel: the device's current stream, the arguments, and the plan once make() is called.
 struct Call {
   Call(Kernel kernel, const Tensor& like, const Geometry& g, int64_t k, const Tensors& ys,
        const std::optional<Tensor>& mask, int64_t flags, bool channels_last)

@@ -78,8 +78,7 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
                        : kernel == Kernel::kForward ? blocks_forward(p.k, np)
                        : kernel == Kernel::kReduce  ? blocks_reduce(p.k, np, p.axis)
                                                     : blocks_apply(p.k, np);
-  const bool sums =
-      stats || kernel == Kernel::kReduce;  // each block leaves a partial: no more of them than run at once
+  const bool sums = stats || kernel == Kernel::kReduce;  // a block leaves a partial: no more of them than run at once
   const int64_t most = int64_t(processors) * resident * (sums ? 1 : 4);
   const int64_t at_once = threads_y * (stats ? 4 : unroll(p.k, np, p.lanes));
   p.blocks_y = std::min(a.groups, 65535);

@@ -1,5 +1,3 @@
-// channel_stats.
-//
 // channel_stats: grid as in join.cuh, z over branches; reads y once. For each thread and channel, relative to
 // the first value it saw (exact where |mean| >> std): Welford's update by single values, Chan's merge of four at a
 // time; then Chan's merge over the warp, the block and, in merge_stats, the blocks: always in the same order.
