@@ -20,10 +20,11 @@ _OPS = torch.ops.fractal_kernels
 
 
 class BlockOutput(NamedTuple):
-    """``out``; and in training per unit [U]: ``live`` (0 or 1), ``mean`` and biased ``var`` [U, K], 0 where dead."""
+    """``out``; and in training per unit: ``counts`` [U], the number of values that its statistics ran over (0: it is
+    dead), their ``mean`` and biased ``var`` [U, K] (0 where dead)."""
 
     out: Tensor
-    live: Tensor
+    counts: Tensor
     mean: Tensor
     var: Tensor
 
@@ -48,25 +49,38 @@ class _Block(torch.autograd.Function):
         backend: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, live, batch_mean, batch_var, *saved = _OPS.block_forward(
+        out, count, batch_mean, batch_var, *saved = _OPS.block_forward(
             x, list(weights), conv_bias, gamma, beta, mean, var, path, dense, dropout, eps, flags, save, fixed, backend
         )
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
         ctx.options = (dense, dropout, eps, flags, fixed, backend)
         if save:
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
-            ctx.save_for_backward(x, path, gamma, beta, *stats, *weights, *saved)
-        ctx.mark_non_differentiable(live, batch_mean, batch_var)
-        return out, live, batch_mean, batch_var
+            ctx.save_for_backward(x, path, gamma, beta, *stats, count, *weights, *saved)
+        ctx.mark_non_differentiable(count, batch_mean, batch_var)
+        return out, count, batch_mean, batch_var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        x, path, gamma, beta, mean, var, *rest = ctx.saved_tensors
+        x, path, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs_x = ctx.needs_input_grad[0]
         dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward(
-            grad, x, weights, gamma, beta, mean, var, path, saved, ctx.conv_bias, ctx.batch_stats, needs_x, *ctx.options
+            grad,
+            x,
+            weights,
+            gamma,
+            beta,
+            mean,
+            var,
+            count,
+            path,
+            saved,
+            ctx.conv_bias,
+            ctx.batch_stats,
+            needs_x,
+            *ctx.options,
         )
         return (
             dx if needs_x else None,
@@ -98,6 +112,7 @@ def fractal_block(
     dropout: float = 0.0,
     eps: float = 1e-5,
     pool: str | None = "before",
+    stats: str = "all",
     dense: bool = False,
     backend: str | None = None,
 ) -> BlockOutput:
@@ -112,11 +127,14 @@ def fractal_block(
         weights: R = 2**(C-1) wide weights, row r's [n_r*K, C_in (r = 0) or K, 3, 3]: the n_r columns that start there,
             shallow first (``schedule(C).starts``).
         gamma, beta, conv_bias: [U, K], U = 2**C - 1 units in the schedule's order, or None.
-        path: bool [R, C] on the CPU, whether column c is kept in row r's join: only what lives runs. Or [R, C, N] on
-            x's device, a path per sample: everything runs and joins are masked.
+        path: bool [R, C] on the CPU, whether column c is kept in row r's join: only what lives runs. Or [R, C, N], a
+            path per sample: joins are masked.
         mean, var: [U, K] statistics to normalise with (evaluation); None: the batch's (training).
         dropout: rate between the convolution and the batch norm, in training.
         pool: 2x2 max-pool of each column "before" the last join, "after" it, or None.
+        stats: under a path per sample, a unit's statistics run over "all" samples, and everything runs; or over its
+            "live" ones. Then, if the path is on the CPU, neighbouring samples that keep one column alone run that
+            column only: sort the batch's paths so that they are neighbours.
         dense: run everything and mask, the definition that skipping is held against.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros. Loss, gradients and statistics equal the
@@ -159,6 +177,7 @@ def fractal_block(
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
     checks.choice(op, "pool", pool, [None, "before", "after"])
+    checks.choice(op, "stats", stats, ["all", "live"])
     if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x of shape {list(x.shape)}")
     backend = backends.resolve(op, backend, x.device, x.dtype)
@@ -167,6 +186,7 @@ def fractal_block(
     dtype = accumulate_dtype(x.dtype)
     vectors = [None if t is None else t.to(dtype).contiguous() for t in (gamma, beta, mean, var)]
     flags = int(Flags.RELU_BRANCH | {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}[pool])
+    flags |= int(Flags.STATS_LIVE) if stats == "live" else 0
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *vectors[:2]))
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
     result = _Block.apply(  # type: ignore[no-untyped-call]

@@ -8,11 +8,16 @@ from fractalnet.drop_path import Path, column_path, full_path, sample_path
 
 import fractal_kernels as fk
 from fractal_kernels.block import fractal_block
+from fractal_kernels.schedule import plan
 
 
 def brute_force(block, x, keep, training=True):
     """f_C by its recursive definition, from views of single units, plain PyTorch and autograd."""
     columns = block.columns
+    used = None
+    if keep.dim() == 3 and block.stats == "live":  # per unit, the samples whose result depends on it
+        plans = [plan(columns, tuple(keep[..., n].flatten().tolist())).units for n in range(keep.shape[2])]
+        used = {(u.column, u.step): [n for n, p in enumerate(plans) if u.id in p] for u in block.schedule.units}
 
     def alive(row, column):
         m = keep[row, column]
@@ -21,6 +26,14 @@ def brute_force(block, x, keep, training=True):
     def conv(z, column, step):
         u = block.unit(column, step)
         y = F.conv2d(z, u.weight, u.conv_bias, padding=1)
+        if used is not None:
+            samples = torch.tensor(used[column, step], dtype=torch.long)
+            return torch.zeros_like(y).index_put((samples,), norm(u, y[samples]))
+        return norm(u, y)
+
+    def norm(u, y):
+        if len(y) == 0:
+            return y
         mean, var = (y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)) if training else (u.running_mean, u.running_var)
         y = (y - mean.view(1, -1, 1, 1)) / (var + block.eps).sqrt().view(1, -1, 1, 1)
         if u.gamma is not None:
@@ -58,18 +71,22 @@ def make_net(columns, seed, **kwargs):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["full", "column", "local", "sample"])
+@pytest.mark.parametrize("kind", ["full", "column", "local", "sample", "ranges", "live"])
 @pytest.mark.parametrize("columns", [1, 2, 3, 4])
 def test_against_the_recursive_rule(backend, columns, kind, training):
     pool = "before_join" if columns % 2 else "after_join"
-    net = make_net(columns, columns, pool_order=pool, conv_bias=columns > 2).train(training)
+    options = {"granularity": "sample", "stats": "all" if kind == "sample" else "live"}
+    net = make_net(columns, columns, pool_order=pool, conv_bias=columns > 2, **options).train(training)
     block = net.blocks[0]
-    x = torch.randn(3, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    n = 7 if kind == "ranges" else 3
+    x = torch.randn(n, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     path = {
         "full": full_path(1, columns),
         "column": column_path(1, columns, columns // 2),
         "local": sample_path(1, columns, 3, local_drop=0.5, global_ratio=0.0),
-        "sample": sample_path(1, columns, 3, local_drop=0.5, global_ratio=0.4, granularity="sample"),
+        "sample": sample_path(1, columns, n, local_drop=0.5, global_ratio=0.4, granularity="sample"),
+        "ranges": sample_path(1, columns, n, local_drop=0.5, global_ratio=0.7, granularity="sample"),
+        "live": sample_path(1, columns, n, local_drop=0.6, global_ratio=0.0, granularity="sample"),
     }[kind]
     expected = brute_force(block, x, path.keep[0], training)
     grad = torch.randn_like(expected)
@@ -111,9 +128,53 @@ def test_skipping_equals_dense(columns):
     assert skipped_any
 
 
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_ranges_of_columns_equal_dense(columns, ratio):
+    """Per sample: a column's convs on its ranges of the batch against everything on all of it."""
+    net = make_net(columns, columns, granularity="sample", global_ratio=ratio, local_drop=0.4, conv_bias=columns == 3)
+    x = torch.randn(9, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    target, generator = torch.arange(9) % 5, torch.Generator().manual_seed(columns)
+    for turn in range(4):
+        path = net.sample_path(9, generator)
+        if turn == 3:  # the full samples last: ranges may come in any order
+            path = Path(path.keep.flip(-1))
+        results = []
+        start = {k: v.clone() for k, v in net.state_dict().items()}
+        for dense in (False, True):
+            net.load_state_dict(start)
+            results.append(run(net, x, target, path, dense))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_range_runs_its_column_only(monkeypatch):
+    """The convs of a batch of one full sample and two of column 1: by count, not by time."""
+    net = make_net(3, 0, granularity="sample")
+    keep = torch.stack([full_path(2, 3).keep, *[column_path(2, 3, 1).keep] * 2], dim=-1)
+    rows, conv2d = [], torch.conv2d
+    monkeypatch.setattr(torch, "conv2d", lambda x, w, *a, **k: (rows.append(len(x) * len(w)), conv2d(x, w, *a, **k))[1])
+    net(torch.randn(3, 3, 8, 8, dtype=torch.float64), path=Path(keep))
+    ran, rows[:] = sum(rows), []
+    net(torch.randn(3, 3, 8, 8, dtype=torch.float64), path=Path(keep), dense=True)
+    assert sum(rows) == 3 * 7 * (4 + 6) and ran == (7 + 2 * 2) * (4 + 6)
+
+
+def test_statistics_of_samples_that_do_not_live():
+    """NaN in samples that keep another column reaches nothing: neither statistics nor the other samples."""
+    net = make_net(2, 0, granularity="sample")
+    keep = torch.stack([column_path(2, 2, 0).keep, column_path(2, 2, 1).keep, column_path(2, 2, 1).keep], dim=-1)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    x[0] = torch.nan
+    for dense in (False, True):
+        out = net(x, path=Path(keep), dense=dense)
+        assert bool(out[1:].isfinite().all()) and bool(out[0].isnan().all())
+        assert bool(net.blocks[0].running_mean[0, 1:].isfinite().all())
+
+
 def test_split_convs_equal_wide(monkeypatch):
     """The rule that chooses between one wide conv and one per column does not change results."""
-    from fractal_kernels import block_ops
+    from fractal_kernels import block_rows
 
     net = make_net(3, 0)
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -121,7 +182,7 @@ def test_split_convs_equal_wide(monkeypatch):
     start = {k: v.clone() for k, v in net.state_dict().items()}
     for wide in (True, False):
         net.load_state_dict(start)
-        monkeypatch.setattr(block_ops, "wide_is_faster", lambda *_, wide=wide: wide)
+        monkeypatch.setattr(block_rows, "wide_is_faster", lambda *_, wide=wide: wide)
         results.append(run(net, x, torch.tensor([0, 1, 2]), full_path(2, 3), dense=False))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -214,7 +275,13 @@ def test_compiled_block_takes_paths_as_data():
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     start = {k: v.clone() for k, v in net.state_dict().items()}
-    for path in (full_path(2, 3), column_path(2, 3, 1), sample_path(2, 3, 3, local_drop=0.5, global_ratio=0)):
+    per_sample = sample_path(2, 3, 3, local_drop=0.5, global_ratio=0.6, granularity="sample")
+    for path in (
+        full_path(2, 3),
+        column_path(2, 3, 1),
+        sample_path(2, 3, 3, local_drop=0.5, global_ratio=0),
+        per_sample,
+    ):
         results = []
         for f in (net, compiled):
             net.load_state_dict(start)
@@ -238,10 +305,12 @@ def test_opcheck():
     options = (False, 0.0, 1e-5, 10)
     arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, "cpu")
     torch.library.opcheck(forward, arguments)
-    out, _, mean, var, *saved = forward(*arguments)
+    out, count, mean, var, *saved = forward(*arguments)
     backward = torch.ops.fractal_kernels.block_backward
     tail = (False, True, True, *options, True, "cpu")
-    torch.library.opcheck(backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, path, saved, *tail))
+    torch.library.opcheck(
+        backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
+    )
 
 
 def test_errors():

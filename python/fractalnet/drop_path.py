@@ -101,7 +101,7 @@ def sample_path(
     keep = _local(blocks, columns, local_drop, batch_size, generator)
     alone = round(global_ratio * batch_size)
     if alone:
-        chosen = torch.randint(columns, (alone,), generator=generator, device="cpu")
+        chosen = torch.randint(columns, (alone,), generator=generator, device="cpu").sort().values
         only = torch.arange(columns, device="cpu").unsqueeze(1) == chosen
         keep[..., batch_size - alone :] = _ends(columns).unsqueeze(-1) & only
     return Path(keep)

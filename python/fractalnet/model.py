@@ -46,8 +46,10 @@ class FractalBlock(nn.Module):
         sets: int,
         momentum: float | None,
         eps: float,
+        stats: str = "all",
     ) -> None:
         super().__init__()
+        self.stats = stats
         self.schedule = schedule(columns)
         self.columns, self.channels, self.in_channels = columns, channels, in_channels
         self.dropout, self.pool, self.momentum, self.eps = dropout, pool, momentum, eps
@@ -103,25 +105,24 @@ class FractalBlock(nn.Module):
             dropout=self.dropout,
             eps=self.eps,
             pool=self.pool,
+            stats=self.stats,
             dense=dense,
         )
         if self.training:
             with torch.no_grad():
-                self._track(result.live, result.mean, result.var, alone, x.shape[0] * x.shape[2] * x.shape[3])
+                self._track(result.counts, result.mean, result.var, alone)
         return result.out
 
-    def _track(self, live: Tensor, mean: Tensor, var: Tensor, alone: Tensor, count: int) -> None:
+    def _track(self, count: Tensor, mean: Tensor, var: Tensor, alone: Tensor) -> None:
         """Moves the running statistics of the units that ran, in the set of this step, without reading the device."""
-        if count < 2:
-            return
         sets = self.running_mean.shape[0]
-        chosen = (torch.arange(sets) == alone % sets).to(live.device)
-        ran = (chosen.unsqueeze(1) * live).to(self.num_batches_tracked.dtype)
+        chosen = (torch.arange(sets) == alone % sets).to(count.device)
+        ran = (chosen.unsqueeze(1) & (count > 1)).to(self.num_batches_tracked.dtype)
         self.num_batches_tracked.add_(ran)
         weight = ran * self.momentum if self.momentum is not None else ran / self.num_batches_tracked.clamp(min=1)
         weight = weight.unsqueeze(2).to(self.running_mean.dtype)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype).expand_as(self.running_mean), weight)
-        unbiased = var * (count / (count - 1))
+        unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype).expand_as(self.running_var), weight)
 
 
@@ -135,6 +136,8 @@ class FractalNet(nn.Module):
         in_channels, image_size: of the images, [N, in_channels, image_size, image_size].
         dropout: rate per block between convolution and batch norm, or None.
         local_drop, global_ratio, granularity: the drop-path of :meth:`sample_path`.
+        stats: under paths per sample, batch statistics of a unit run over its "live" samples, and neighbouring samples
+            that keep one column run nothing else; or over "all" samples, as in other implementations, and all runs.
         pool_order: "before_join" (each column pooled: the authors' code) or "after_join" (the authors' figure).
         conv_bias, bn_affine: whether convs have a bias and batch norms an affine.
         split_stats: two sets of running statistics, for the full network and for columns that ran alone. Per-sample
@@ -163,6 +166,7 @@ class FractalNet(nn.Module):
         local_drop: float = 0.15,
         global_ratio: float = 0.5,
         granularity: str = "batch",
+        stats: str = "live",
         pool_order: str = "before_join",
         conv_bias: bool = False,
         bn_affine: bool = True,
@@ -178,6 +182,7 @@ class FractalNet(nn.Module):
         _check("image_size", image_size >= 2 ** len(channels), f">= {2 ** len(channels)} for the pools", image_size)
         _check("dropout", dropout is None or len(dropout) == len(channels), "None or a rate per block", dropout)
         _check("granularity", granularity in ("batch", "sample"), "'batch' or 'sample'", granularity)
+        _check("stats", stats in ("live", "all"), "'live' or 'all'", stats)
         _check("pool_order", pool_order in ("before_join", "after_join"), "'before_join' or 'after_join'", pool_order)
         _check("init", init in ("xavier", "he"), "'xavier' or 'he'", init)
         self.columns, self.channels, self.image_size = columns, channels, image_size
@@ -194,6 +199,7 @@ class FractalNet(nn.Module):
                 sets=2 if split_stats and granularity == "batch" else 1,
                 momentum=momentum,
                 eps=eps,
+                stats=stats,
             )
             for b, width in enumerate(channels)
         )
@@ -245,8 +251,7 @@ class FractalNet(nn.Module):
             path = self.sample_path(x.shape[0]) if self.training else full
         if path.keep.shape[0] != len(self.blocks):
             raise ValueError(f"FractalNet: expected path.keep for {len(self.blocks)} blocks, got {path.keep.shape[0]}")
-        keep = path.keep if path.keep.dim() == 3 else path.keep.to(x.device)
-        for block, rows in zip(self.blocks, keep.unbind(), strict=True):
+        for block, rows in zip(self.blocks, path.keep.unbind(), strict=True):
             x = block(x, rows, path.alone, dense)
         return self.head(x.mean((2, 3)))
 
