@@ -6,12 +6,20 @@ Source: Larsson et al. 2016 (arXiv:1605.07648), section 3.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fractal_kernels.schedule import schedule
 
-__all__ = ["Path", "column_path", "full_path", "sample_path"]
+__all__ = ["MIXTURES", "Path", "Rate", "column_path", "full_path", "generator_for", "rate", "sample_path", "tied_loss"]
+
+MIXTURES = ("random", "alternating")
+Rate = float | Sequence[Sequence[float]]
 
 
 class Path:
@@ -36,6 +44,7 @@ class Path:
         return f"Path(keep={list(self.keep.shape)}, column={self.column})"
 
 
+@cache
 def _ends(columns: int) -> Tensor:
     s = schedule(columns)
     ends = torch.zeros(s.rows, columns, dtype=torch.bool, device="cpu")
@@ -67,6 +76,65 @@ def _local(blocks: int, columns: int, p: float, samples: int, generator: torch.G
     return keep | (revived & ~keep.any(2, keepdim=True))
 
 
+def rate(value: Rate, step: int) -> float:
+    """A rate at a step of the training: a number, or knots (step, rate), linear in between and constant beyond them.
+
+    Example:
+        >>> rate([(0, 0.0), (100, 0.2)], 50)
+        0.1
+    """
+    if isinstance(value, int | float):
+        return float(value)
+    before = value[0]
+    for knot in value:
+        if knot[0] > step:
+            share = (step - before[0]) / (knot[0] - before[0]) if step > before[0] else 0.0
+            return before[1] + share * (knot[1] - before[1])
+        before = knot
+    return float(before[1])
+
+
+def check_rate(op: str, name: str, value: Rate) -> None:
+    """Raises ValueError unless every rate lies in [0, 1] and steps increase."""
+    try:
+        knots = [(0, value)] if isinstance(value, int | float) else [(int(s), float(r)) for s, r in value]
+    except (TypeError, ValueError):
+        knots = []
+    good = all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in zip(knots, knots[1:], strict=False))
+    if not knots or not good:
+        raise ValueError(f"{op}: expected {name} in [0, 1], or knots (step, rate) of increasing steps, got {value!r}")
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """The CPU generator of a key such as (seed, step): its numbers depend on nothing else, so there is no state."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def tied_loss(
+    logits: Tensor, target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Tensor:
+    r"""The loss of a network in training with ``global_mode="tied"``; of any other logits, their criterion.
+
+    .. math:: L = l(full) + \sum_c l(column_c) / C
+
+    Args:
+        logits: [1 + C, N, classes], the full network and every column; or [N, classes].
+        target: [N]. criterion: of one network's logits.
+    Source:
+        the authors' implementation of global drop-path (Larsson et al. 2016, section 3).
+    Example:
+        >>> tied_loss(torch.zeros(4, 2, 10), torch.tensor([1, 2])).item()  # 2 log 10
+        4.605170249938965
+    """
+    if logits.dim() == 2:
+        return criterion(logits, target)
+    if logits.dim() != 3 or len(logits) < 2:
+        raise ValueError(f"tied_loss: expected logits [N, classes] or [1 + C, N, classes], got {list(logits.shape)}")
+    full, *columns = (criterion(one, target) for one in logits)
+    return full + sum(columns) / len(columns)
+
+
 def sample_path(
     blocks: int,
     columns: int,
@@ -75,6 +143,8 @@ def sample_path(
     local_drop: float = 0.15,
     global_ratio: float = 0.5,
     granularity: str = "batch",
+    mixture: str = "random",
+    step: int = 0,
     generator: torch.Generator | None = None,
 ) -> Path:
     """Draws a path of the mixture: global with probability ``global_ratio``, else local.
@@ -82,8 +152,10 @@ def sample_path(
     Args:
         blocks, columns: B and C. batch_size: N.
         local_drop: probability of dropping an input of a join.
-        global_ratio: share of global paths: of batches, or of the samples of every batch (its last ones).
+        global_ratio: share of global paths: of batches, or of the samples of every batch (its last ones, column by
+            column: a batch is in random order, and neighbours that keep one column run nothing else).
         granularity: "batch" or "sample".
+        mixture: "random", or "alternating": whole batches are global or local in turn, by ``step``.
         generator: a CPU generator; the same state gives the same path.
     Example:
         >>> sample_path(5, 3, 50).keep.shape
@@ -91,9 +163,12 @@ def sample_path(
     """
     if granularity not in ("batch", "sample"):
         raise ValueError(f"sample_path: expected granularity 'batch' or 'sample', got {granularity!r}")
+    if mixture not in MIXTURES:
+        raise ValueError(f"sample_path: expected mixture 'random' or 'alternating', got {mixture!r}")
     for name, value in (("local_drop", local_drop), ("global_ratio", global_ratio)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"sample_path: expected {name} in [0, 1], got {value!r}")
+        check_rate("sample_path", name, value)
+    if mixture == "alternating":  # the share of global steps among the first ones is always the ratio, rounded down
+        global_ratio = float(int((step + 1) * global_ratio) > int(step * global_ratio))
     if granularity == "batch":
         if torch.rand((), generator=generator, device="cpu") < global_ratio:
             return column_path(blocks, columns, int(torch.randint(columns, (), generator=generator, device="cpu")))
