@@ -41,7 +41,7 @@ class PlainNet(nn.Module):
     Raises:
         ValueError: naming the argument.
     Source:
-        Larsson et al. 2016 (arXiv:1605.07648), section 4.3.
+        Larsson et al. 2016 (arXiv:1605.07648), section 4.
     Example:
         >>> net = PlainNet(10, 4, (16, 32), image_size=8)
         >>> net(torch.randn(4, 3, 8, 8)).shape, net.depth()
