@@ -61,6 +61,10 @@ class Block(nn.Module):
     def finish(self, joined: Tensor) -> Tensor:
         """What comes after the last join and its max-pool."""
         if self.pool == "average":
+            if min(joined.shape[2:]) < 2:
+                raise ValueError(
+                    f"FractalBlock: expected x with H and W >= 2 for pooling, got {list(joined.shape[2:])}"
+                )
             joined = F.avg_pool2d(joined, 2)
         rate = self.rate("block")
         return F.dropout(joined, rate, self.training) if rate else joined

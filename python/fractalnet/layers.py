@@ -44,7 +44,7 @@ def check_network(
 ) -> None:
     """ValueError, with the argument's name, unless a network can be built of these."""
     check(op, "num_classes", is_whole(num_classes), "a whole number >= 1", num_classes)
-    widths = len(channels) > 0 and all(map(is_whole, channels))
+    widths = isinstance(channels, Sequence) and len(channels) > 0 and all(map(is_whole, channels))
     check(op, "channels", widths, "a positive width per block", channels)
     check(op, "in_channels", is_whole(in_channels), "a whole number >= 1", in_channels)
     check(op, "stem", stem in (None, "resnet"), "None or 'resnet'", stem)

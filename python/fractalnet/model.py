@@ -86,7 +86,6 @@ class FractalNet(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        channels = tuple(channels)
         check_network(
             "FractalNet",
             num_classes=num_classes,
@@ -103,7 +102,9 @@ class FractalNet(nn.Module):
         )
         deep = is_whole(columns) and columns <= MAX_COLUMNS
         _check("columns", deep, f"from 1 to {MAX_COLUMNS}", columns)
-        _check("activation", activation in ACTIVATIONS, f"one of {', '.join(map(repr, ACTIVATIONS))}", activation)
+        _check(
+            "activation", activation in tuple(ACTIVATIONS), f"one of {', '.join(map(repr, ACTIVATIONS))}", activation
+        )
         places = ("conv", "activation", "block")
         _check("dropout_place", dropout_place in places, "'conv', 'activation' or 'block'", dropout_place)
         for name, share in (("local_drop", local_drop), ("global_ratio", global_ratio)):
@@ -111,7 +112,7 @@ class FractalNet(nn.Module):
         _check("granularity", granularity in ("batch", "sample"), "'batch' or 'sample'", granularity)
         _check("pool_order", pool_order in ("before_join", "after_join"), "'before_join' or 'after_join'", pool_order)
         _check("kernel_mix", is_number(kernel_mix) and 0 < kernel_mix <= 1, "in (0, 1]", kernel_mix)
-        self.columns, self.channels, self.image_size = columns, channels, image_size
+        self.columns, self.channels, self.image_size = columns, tuple(channels), image_size
         self.local_drop, self.global_ratio, self.granularity = local_drop, global_ratio, granularity
         norm = {"momentum": momentum, "eps": eps}
         pooling = pool_order.removesuffix("_join") if pool == "max" else "average"

@@ -67,7 +67,6 @@ class PlainNet(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        channels = tuple(channels)
         check("PlainNet", "depth_per_block", is_whole(depth_per_block), "a whole number >= 1", depth_per_block)
         check_network(
             "PlainNet",
@@ -83,7 +82,7 @@ class PlainNet(nn.Module):
             momentum=momentum,
             eps=eps,
         )
-        self.channels, self.image_size, self.depth_per_block = channels, image_size, depth_per_block
+        self.channels, self.image_size, self.depth_per_block = tuple(channels), image_size, depth_per_block
         norm = {"momentum": momentum, "eps": eps}
         self.stem = resnet_stem(in_channels, init, conv_bias, bn_affine, **norm) if stem else nn.Identity()
         width = STEM_CHANNELS if stem else in_channels
