@@ -5,8 +5,6 @@ import pytest
 import torch
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
 
-ULTRA = {1: 258_292, 2: 847_716, 3: 2_125_204, 4: 4_778_820, 5: 10_183_684, 6: 21_091_044}
-
 
 def count(model):
     return sum(p.numel() for p in model.parameters())

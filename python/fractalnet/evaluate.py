@@ -173,9 +173,13 @@ def mixture(model: FractalNet, batch: int, count: int, seed: int) -> list[drop_p
     if model.granularity == "sample":
         return [model.sample_path(batch, generator) for _ in range(count)]
     blocks, columns = len(model.channels), model.columns
-    alone = round(count * model.global_ratio / columns)
+    alone = round(count * drop_path.rate(model.global_ratio, model.path_step) / columns)
     paths = [drop_path.column_path(blocks, columns, c) for c in range(columns) for _ in range(alone)]
-    local = {"local_drop": model.local_drop, "global_ratio": 0.0, "generator": generator}
+    local = {
+        "local_drop": drop_path.rate(model.local_drop, model.path_step),
+        "global_ratio": 0.0,
+        "generator": generator,
+    }
     paths += [drop_path.sample_path(blocks, columns, batch, **local) for _ in range(count - len(paths))]
     return [paths[i] for i in torch.randperm(len(paths), generator=generator).tolist()]
 
@@ -212,7 +216,7 @@ def compare_steps(model: FractalNet, config: dict[str, Any], split: Split, recip
         print("the eager comparison is left out: benchmarks/ is not importable here (it is in the repository's root)")
     else:
         keys = ("num_classes", "columns", "channels", "in_channels", "image_size")
-        eager = baseline(**{key: config[key] for key in keys}, local_drop=model.local_drop)
+        eager = baseline(**{key: config[key] for key in keys}, local_drop=drop_path.rate(model.local_drop, 0))
         eager.load_from(model)
         hold_together(fused, eager, split.test_x[:100])
         nets["eager"], forwards["eager"] = eager, lambda i: eager(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fractal_kernels.schedule import MAX_COLUMNS
@@ -30,7 +31,14 @@ class FractalNet(nn.Module):
         dropout: rate per block, or None.
         dropout_place: between "conv" and batch norm (the authors' code), after each unit's "activation", or once on
             the output of the "block".
-        local_drop, global_ratio, granularity: the drop-path of :meth:`sample_path`.
+        local_drop, global_ratio: rates of the drop-path of :meth:`sample_path`; numbers, or knots (step, rate) over
+            training, linear in between.
+        granularity: a path per "batch" or per "sample".
+        mixture: global and local paths at "random", or "alternating" from step to step.
+        global_mode: "sampled", or "tied" as in the authors' code: in training the full network, under local drop-path,
+            and every column alone run on each batch, with the same weights and their own statistics, and
+            :func:`tied_loss` weighs their losses.
+        path_seed: of the sequence of paths, which depends on it and on the number of the step alone.
         stats: under paths per sample, batch statistics of a unit run over its "live" samples, and neighbouring samples
             that keep one column run nothing else; or over "all" samples, as in other implementations, and all runs.
         pool, last_pool: "max" or "avg"; whether the last block has one too.
@@ -71,9 +79,12 @@ class FractalNet(nn.Module):
         activation: str = "relu",
         dropout: Sequence[float] | None = None,
         dropout_place: str = "conv",
-        local_drop: float = 0.15,
-        global_ratio: float = 0.5,
+        local_drop: drop_path.Rate = 0.15,
+        global_ratio: drop_path.Rate = 0.5,
         granularity: str = "batch",
+        mixture: str = "random",
+        global_mode: str = "sampled",
+        path_seed: int = 0,
         stats: str = "live",
         pool: str = "max",
         last_pool: bool = True,
@@ -111,13 +122,18 @@ class FractalNet(nn.Module):
         places = ("conv", "activation", "block")
         _check("dropout_place", dropout_place in places, "'conv', 'activation' or 'block'", dropout_place)
         for name, share in (("local_drop", local_drop), ("global_ratio", global_ratio)):
-            _check(name, is_number(share) and 0 <= share <= 1, "in [0, 1]", share)
+            drop_path.check_rate("FractalNet", name, share)
         _check("granularity", granularity in ("batch", "sample"), "'batch' or 'sample'", granularity)
+        _check("mixture", mixture in drop_path.MIXTURES, "'random' or 'alternating'", mixture)
+        _check("global_mode", global_mode in ("sampled", "tied"), "'sampled' or 'tied'", global_mode)
+        _check("path_seed", is_whole(path_seed, 0) and path_seed < 2**63, "a whole number >= 0", path_seed)
         _check("stats", stats in ("live", "all"), "'live' or 'all'", stats)
         _check("pool_order", pool_order in ("before_join", "after_join"), "'before_join' or 'after_join'", pool_order)
         _check("kernel_mix", is_number(kernel_mix) and 0 < kernel_mix <= 1, "in (0, 1]", kernel_mix)
         self.columns, self.channels, self.image_size = columns, tuple(channels), image_size
         self.local_drop, self.global_ratio, self.granularity = local_drop, global_ratio, granularity
+        self.mixture, self.global_mode = mixture, global_mode
+        self.path_seed, self.path_step = path_seed, 0  # kept in state_dict
         norm = {"momentum": momentum, "eps": eps}
         pooling = pool_order.removesuffix("_join") if pool == "max" else "average"
         self.stem = resnet_stem(in_channels, init, conv_bias, bn_affine, **norm) if stem else nn.Identity()
@@ -132,7 +148,7 @@ class FractalNet(nn.Module):
                 "pool": pooling if last_pool or b < len(channels) - 1 else None,
                 "conv_bias": conv_bias,
                 "bn_affine": bn_affine,
-                "sets": 2 if split_stats and granularity == "batch" else 1,
+                "sets": 2 if split_stats and (granularity == "batch" or global_mode == "tied") else 1,
                 **norm,
             }
             reasons = _why_composed(activation, widths, kernel_mix, bool(rate) and dropout_place == "activation")
@@ -165,24 +181,45 @@ class FractalNet(nn.Module):
         stem = not isinstance(self.stem, nn.Identity)
         return len(self.blocks) * 2 ** (self.columns - 1 if column is None else column) + stem
 
+    @torch.compiler.disable
     def sample_path(self, batch_size: int, generator: torch.Generator | None = None) -> Path:
-        """A path of the drop-path mixture, drawn on the CPU; the same generator state gives the same path."""
+        """The next path of the drop-path mixture, drawn on the CPU.
+
+        Without a generator it follows from ``path_seed`` and ``path_step``, the number of paths drawn so far, which
+        ``state_dict`` keeps: a training that is resumed goes on with the same paths. Paths for the batch are the same
+        on all ranks of a data-parallel job, whatever else their generators draw; paths per sample differ.
+        """
+        step, self.path_step = self.path_step, self.path_step + 1
+        if generator is None:
+            many = self.granularity == "sample" and dist.is_available() and dist.is_initialized()
+            generator = drop_path.generator_for(self.path_seed, step, dist.get_rank() if many else 0)
+        tied = self.global_mode == "tied"
         return drop_path.sample_path(
             len(self.blocks),
             self.columns,
             batch_size,
-            local_drop=self.local_drop,
-            global_ratio=self.global_ratio,
+            local_drop=drop_path.rate(self.local_drop, step),
+            global_ratio=0.0 if tied else drop_path.rate(self.global_ratio, step),
             granularity=self.granularity,
+            mixture=self.mixture,
+            step=step,
             generator=generator,
         )
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.path_seed, self.path_step])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.path_seed, self.path_step = state.tolist()
 
     def forward(self, x: Tensor, path: Path | None = None, column: int | None = None, dense: bool = False) -> Tensor:
         """Logits.
 
         Args:
             x: images.
-            path: what to keep; None: in training a sampled path, in evaluation everything.
+            path: what to keep; None: in training a sampled path, in evaluation everything. In training with
+                ``global_mode="tied"`` and neither path nor column, the logits of the full network and of every column:
+                [1 + C, N, classes], for :func:`tied_loss`.
             column: run this column alone instead (in evaluation with its own statistics).
             dense: run dropped branches too and mask them (a check of the skipping, slower).
         """
@@ -190,6 +227,9 @@ class FractalNet(nn.Module):
             if path is not None:
                 raise ValueError("FractalNet: expected path or column, got both")
             path = drop_path.column_path(len(self.blocks), self.columns, column)
+        if path is None and self.training and self.global_mode == "tied":
+            full = self(x, path=self.sample_path(x.shape[0]), dense=dense)
+            return torch.stack([full, *(self(x, column=c, dense=dense) for c in range(self.columns))])
         if path is None:
             full = drop_path.full_path(len(self.blocks), self.columns)
             path = self.sample_path(x.shape[0]) if self.training else full
