@@ -227,15 +227,19 @@ class FractalNet(nn.Module):
             if path is not None:
                 raise ValueError("FractalNet: expected path or column, got both")
             path = drop_path.column_path(len(self.blocks), self.columns, column)
-        if path is None and self.training and self.global_mode == "tied":
-            full = self(x, path=self.sample_path(x.shape[0]), dense=dense)
-            return torch.stack([full, *(self(x, column=c, dense=dense) for c in range(self.columns))])
         if path is None:
             full = drop_path.full_path(len(self.blocks), self.columns)
             path = self.sample_path(x.shape[0]) if self.training else full
+            if self.training and self.global_mode == "tied":
+                columns = [drop_path.column_path(len(self.blocks), self.columns, c) for c in range(self.columns)]
+                x = self.stem(x)
+                return torch.stack([self._logits(x, p, dense) for p in (path, *columns)])
         if path.keep.shape[0] != len(self.blocks):
             raise ValueError(f"FractalNet: expected path.keep for {len(self.blocks)} blocks, got {path.keep.shape[0]}")
-        x = self.stem(x)
+        return self._logits(self.stem(x), path, dense)
+
+    def _logits(self, x: Tensor, path: Path, dense: bool = False) -> Tensor:
+        """From the stem's output on."""
         for block, rows in zip(self.blocks, path.keep.unbind(), strict=True):
             x = block(x, rows, path.alone, dense)
         return self.head(x.mean((2, 3)))
@@ -263,10 +267,12 @@ class FractalNet(nn.Module):
     def anytime(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (column, depth, logits), shallow first: the caller stops when it has to answer.
 
-        Columns of a network share no activations, so nothing is computed twice.
+        Columns share no activations but the stem's, which runs once, so nothing is computed twice.
         """
+        x = self.stem(x)
         for column in range(self.columns):
-            yield column, self.depth(column), self(x, column=column)
+            path = drop_path.column_path(len(self.blocks), self.columns, column)
+            yield column, self.depth(column), self._logits(x, path)
 
 
 def _check(argument: str, holds: bool, expected: str, got: object) -> None:
