@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from fractal_kernels import fractal_block
 from fractal_kernels.schedule import schedule
 
-from . import drop_path
+from . import drop_path, export
 from .drop_path import Path
+from .interchange import Hub
 
 __all__ = ["FractalBlock", "FractalNet"]
 
@@ -84,6 +86,26 @@ class FractalBlock(nn.Module):
             running_var=self.running_var[set, unit.id],
         )
 
+    @torch.no_grad()
+    def unit_layers(self, c: int, j: int, set: int = 0) -> list[nn.Module]:
+        """The modules that compute :meth:`unit`: conv, dropout if there is any, batch norm, ReLU; with copies."""
+        unit = self.unit(c, j, set)
+        out_channels, in_channels = unit.weight.shape[:2]
+        made = {"device": unit.weight.device, "dtype": unit.weight.dtype}
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None, **made)
+        bn = nn.BatchNorm2d(out_channels, self.eps, self.momentum, affine=unit.gamma is not None, **made)
+        for target, source in (
+            (conv.weight, unit.weight),
+            (conv.bias, unit.conv_bias),
+            (bn.weight, unit.gamma),
+            (bn.bias, unit.beta),
+            (bn.running_mean, unit.running_mean),
+            (bn.running_var, unit.running_var),
+        ):
+            if target is not None:
+                target.copy_(source)
+        return [conv, *([nn.Dropout(self.dropout)] if self.dropout else []), bn, nn.ReLU()]
+
     def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
         """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`."""
         sets = self.running_mean.shape[0]
@@ -125,7 +147,7 @@ class FractalBlock(nn.Module):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype).expand_as(self.running_var), weight)
 
 
-class FractalNet(nn.Module):
+class FractalNet(nn.Module, Hub):
     """FractalNet: B fractal blocks with 2x2 max-pooling, global average, linear classifier.
 
     Args:
@@ -251,9 +273,12 @@ class FractalNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
     @torch.no_grad()
-    def extract_column(self, c: int) -> nn.Sequential:
+    def extract_column(self, c: int, fold: bool = False) -> nn.Sequential:
         """Column c as a plain network of ``torch.nn`` modules, with copies of its weights and statistics.
 
+        Args:
+            c: column.
+            fold: fold the batch norms into the convolutions and leave out dropout: a network for evaluation.
         Example:
             >>> net = FractalNet(10, 2, (8,), image_size=8).eval()
             >>> x = torch.randn(2, 3, 8, 8)
@@ -265,28 +290,10 @@ class FractalNet(nn.Module):
         layers: list[nn.Module] = []
         for block in self.blocks:
             for j in range(2**c):
-                unit = block.unit(c, j, set=block.running_mean.shape[0] - 1)
-                out_channels, in_channels = unit.weight.shape[:2]
-                conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None)
-                bn = nn.BatchNorm2d(out_channels, block.eps, block.momentum, affine=unit.gamma is not None)
-                pairs = [(conv.weight, unit.weight), (conv.bias, unit.conv_bias), (bn.weight, unit.gamma)]
-                pairs += [
-                    (bn.bias, unit.beta),
-                    (bn.running_mean, unit.running_mean),
-                    (bn.running_var, unit.running_var),
-                ]
-                for target, source in pairs:
-                    if target is not None:
-                        target.copy_(source)
-                if block.dropout:
-                    layers += [conv, nn.Dropout(block.dropout), bn, nn.ReLU()]
-                else:
-                    layers += [conv, bn, nn.ReLU()]
+                layers += block.unit_layers(c, j, set=block.running_mean.shape[0] - 1)
             layers.append(nn.MaxPool2d(2))
-        head = nn.Linear(self.head.in_features, self.head.out_features)
-        head.load_state_dict(self.head.state_dict())
-        column = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-        return column.to(self.head.weight.device, self.head.weight.dtype).train(self.training)
+        column = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(self.head))
+        return export.fold(column) if fold else column.train(self.training)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (column, depth, logits), shallow first: the caller stops when it has to answer.
