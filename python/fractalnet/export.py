@@ -75,14 +75,18 @@ def fold(sequential: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
+def _sequential(layers: Sequence[nn.Module], folded: bool) -> nn.Sequential:
+    return fold(nn.Sequential(*layers)) if folded else nn.Sequential(*layers)
+
+
 class _Block(nn.Module):
     """A fractal block in evaluation, row by row, of torch.nn modules."""
 
     def __init__(self, block: FractalBlock, folded: bool) -> None:
         super().__init__()
         self.schedule = block.schedule
-        units = (nn.Sequential(*block.unit_layers(unit.column, unit.step)) for unit in block.schedule.units)
-        self.units = nn.ModuleList(fold(unit) if folded else unit for unit in units)
+        units = block.schedule.units
+        self.units = nn.ModuleList(_sequential(block.unit_layers(u.column, u.step), folded) for u in units)
         self.pool = nn.MaxPool2d(2)
         self.before = block.pool == "before"
 
