@@ -34,6 +34,7 @@ def report() -> str:
     for name in backends.NAMES:
         reason = backends.why_not(name)
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
+    lines.append("fused activation: ReLU; networks with another one (leaky ReLU, SiLU, Mish, ...) run in PyTorch")
     if torch.cuda.is_available():
         lines.append("CUDA device: ops on its tensors use the backend 'reference' unless another is named")
     return "\n".join(lines)

@@ -27,7 +27,8 @@ def test_parameters_of_the_20_layer_net():
 
 
 def test_names():
-    assert fractalnet.list_models() == sorted(["fractalnet20", *(f"fractal_c{c}" for c in range(1, 7))])
+    sizes = [f"{kind}_c{c}" for kind in ("fractal", "plain") for c in range(1, 9)]
+    assert fractalnet.list_models() == sorted(["fractalnet20", "fractalnet34", "fractalnet40", *sizes])
     with pytest.raises(ValueError, match="create: expected name one of fractal_c1, .*, got 'resnet'"):
         fractalnet.create("resnet")
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import data
+from .layers import plain_stem
 
 if TYPE_CHECKING:
-    from .model import FractalBlock, FractalNet
+    from .fused import Block
+    from .model import FractalNet
 
 __all__ = ["fold", "load_column", "plain", "save_column", "to_exported_program", "to_onnx", "to_pt2"]
 
@@ -29,7 +31,11 @@ _LAYERS: dict[str, tuple[str, ...]] = {
     "BatchNorm2d": ("num_features", "eps", "momentum", "affine"),
     "Dropout": ("p",),
     "ReLU": (),
+    "LeakyReLU": ("negative_slope",),
+    "SiLU": (),
+    "Mish": (),
     "MaxPool2d": ("kernel_size", "stride", "padding"),
+    "AvgPool2d": ("kernel_size", "stride", "padding"),
     "AdaptiveAvgPool2d": ("output_size",),
     "Flatten": (),
     "Linear": ("in_features", "out_features", "bias"),
@@ -82,12 +88,12 @@ def _sequential(layers: Sequence[nn.Module], folded: bool) -> nn.Sequential:
 class _Block(nn.Module):
     """A fractal block in evaluation, row by row, of torch.nn modules."""
 
-    def __init__(self, block: FractalBlock, folded: bool) -> None:
+    def __init__(self, block: Block, folded: bool) -> None:
         super().__init__()
         self.schedule = block.schedule
         units = block.schedule.units
         self.units = nn.ModuleList(_sequential(block.unit_layers(u.column, u.step), folded) for u in units)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = block.pool_layer()
         self.before = block.pool == "before"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,8 +124,11 @@ def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
         >>> torch.allclose(plain(net)(x), net(x), atol=1e-5)
         True
     """
+    stem = [] if isinstance(model.stem, nn.Identity) else plain_stem(model.stem)
     blocks = [_Block(block, fold) for block in model.blocks]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(model.head)).eval()
+    return nn.Sequential(
+        *_sequential(stem, fold), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(model.head)
+    ).eval()
 
 
 # --- programs ----------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fractal_kernels.schedule import Unit
+
+from .fused import FractalBlock
 
 if TYPE_CHECKING:
     from .model import FractalNet
@@ -72,7 +74,13 @@ def _check(op: str, model: FractalNet, naming: str) -> None:
     """The same weights are the same function only if what the files do not hold is the same too."""
     if naming not in NAMINGS:
         raise ValueError(f"{op}: expected naming one of {', '.join(NAMINGS)}, got {naming!r}")
-    for block in model.blocks:
+    if not isinstance(model.stem, nn.Identity):
+        raise ValueError(f"{op}: expected model without a stem, as {naming} has none")
+    for b, block in enumerate(model.blocks):
+        if not isinstance(block, FractalBlock):
+            raise ValueError(
+                f"{op}: expected model of fused blocks, as {naming} has, got {model.info().splitlines()[b]}"
+            )
         if block.pool != "after":
             raise ValueError(f"{op}: expected model with pool_order='after_join', as {naming} has, got {block.pool!r}")
         if block.eps != EPS:

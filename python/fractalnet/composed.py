@@ -1,0 +1,241 @@
+"""The fractal block out of PyTorch's operators, for what the fused one does not compute: other activations, columns of
+different widths, a mix of 1x1 and 3x3 convolutions. Joins are ``fractal_kernels.masked_mean_join``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fractal_kernels import masked_mean_join
+from fractal_kernels.schedule import Unit, everything, plan
+
+from .fused import ACTIVATIONS, Block, as_conv
+from .layers import init_conv
+
+__all__ = ["ComposedBlock"]
+
+
+class _WithZeros(torch.autograd.Function):
+    """The first argument as it is; the gradients of the others, which nothing else read, are zeros instead of None."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
+class ComposedBlock(Block):
+    r"""A fractal block of which only the part that lives under a path runs, unit by unit.
+
+    .. math:: f_1(z) = conv(z), \qquad f_{C+1}(z) = (f_C \circ f_C)(z) \oplus conv(z)
+
+    A unit is convolution, batch norm, activation. Where branches of different widths meet, the thinner ones pass a
+    linear 1x1 projection (no bias) to the widest branch's width, then the join is the mean; the projection is the
+    branch's own, and a column alone passes it too. A max-pool "before" the join follows the projection.
+
+    Parameters are ``weights[unit.id]`` [n, 3, 3, C_in] (channels_last convolution weights, stored contiguously),
+    ``weights_1x1`` and ``projections`` by the unit's id where there are any, and ``gamma``, ``beta``, ``conv_bias``,
+    vectors of all units side by side, as the running statistics [S, sum of widths] are: S sets as in
+    :class:`FractalBlock`. Gradients of what does not live are zeros, not None. Under ``torch.compile`` the block runs
+    as it is, between two graphs.
+
+    Args:
+        in_channels: C_in. widths: output channels of every column's convolutions, shallowest column first; C of them.
+        kernel_mix: share of a convolution's output channels that are 3x3, its first ones; the others are 1x1.
+        conv_bias, bn_affine: whether convolutions have a bias and batch norms an affine.
+        sets: of running statistics.
+        options: activation, dropout, dropout_place, pool, momentum, eps of :class:`Block`.
+    Shape:
+        [N, C_in, H, W] to [N, max(widths), H/2, W/2], or H, W without a pool.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), equation 1 and section 4 (projections, 1x1 convolutions).
+    Example:
+        >>> from fractalnet.drop_path import full_path
+        >>> block, path = ComposedBlock(3, (8, 4), activation="silu"), full_path(1, 2)
+        >>> block.init_weights("he")
+        >>> block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        widths: Sequence[int],
+        *,
+        kernel_mix: float = 1.0,
+        conv_bias: bool = False,
+        bn_affine: bool = True,
+        sets: int = 2,
+        **options: object,
+    ) -> None:
+        super().__init__(in_channels, max(widths), len(widths), **options)
+        self.widths, self.kernel_mix = tuple(widths), kernel_mix
+        self.sizes = [widths[unit.column] for unit in self.schedule.units]
+        self.weights = nn.ParameterList()
+        self.weights_1x1, self.projections = nn.ParameterDict(), nn.ParameterDict()
+        source = in_channels
+        for starts, ends in zip(self.schedule.starts, self.schedule.ends, strict=True):
+            for unit in starts:
+                width = widths[unit.column]
+                spatial = max(1, round(kernel_mix * width))
+                self.weights.append(torch.empty(spatial, 3, 3, source))
+                if spatial < width:
+                    self.weights_1x1[str(unit.id)] = torch.empty(width - spatial, 1, 1, source)
+                joined = max(widths[other.column] for other in self.schedule.ends[unit.end])
+                if width < joined:
+                    self.projections[str(unit.id)] = torch.empty(joined, 1, 1, width)
+            source = max(widths[unit.column] for unit in ends)
+        total = sum(self.sizes)
+        self.gamma = nn.Parameter(torch.ones(total)) if bn_affine else None
+        self.beta = nn.Parameter(torch.zeros(total)) if bn_affine else None
+        self.conv_bias = nn.Parameter(torch.zeros(total)) if conv_bias else None
+        self.register_buffer("running_mean", torch.zeros(sets, total))
+        self.register_buffer("running_var", torch.ones(sets, total))
+        self.register_buffer("num_batches_tracked", torch.zeros(sets, len(self.sizes)))
+        self.act = ACTIVATIONS[self.activation]()
+
+    def init_weights(self, init: str) -> None:
+        for weight in (*self.weights, *self.weights_1x1.values(), *self.projections.values()):
+            out_channels, kernel, _, in_channels = weight.shape
+            init_conv(weight, init, in_channels * kernel**2, out_channels * kernel**2)
+
+    def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
+        """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,
+        ``projection`` [J, K, 1, 1] or None, ``gamma``, ``beta``, ``conv_bias`` and statistics [K].
+
+        Args:
+            c: column. j: which of its 2**c convs. set: which set of running statistics.
+        """
+        unit = self.find(c, j)
+        vectors = (self.gamma, self.beta, self.conv_bias, self.running_mean[set], self.running_var[set])
+        return self._views(unit, [None if v is None else v.split(self.sizes) for v in vectors])
+
+    def _views(self, unit: Unit, vectors: list[tuple[Tensor, ...] | None]) -> SimpleNamespace:
+        key = str(unit.id)
+        gamma, beta, conv_bias, mean, var = (None if v is None else v[unit.id] for v in vectors)
+        return SimpleNamespace(
+            weight=as_conv(self.weights[unit.id]),
+            weight_1x1=as_conv(self.weights_1x1[key]) if key in self.weights_1x1 else None,
+            projection=as_conv(self.projections[key]) if key in self.projections else None,
+            gamma=gamma,
+            beta=beta,
+            conv_bias=conv_bias,
+            running_mean=mean,
+            running_var=var,
+        )
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
+        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`.
+
+        Per batch only live units run, or with ``dense`` all, masked. Per sample each unit runs on the samples for which
+        it lives: its statistics are theirs, and ``dense`` changes nothing.
+        """
+        self._check(x, keep)
+        if keep.dim() == 3:
+            live = self._live_samples(keep.cpu())
+            runs = {i for i, samples in live.items() if bool(samples.any())}
+            joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
+            indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
+            tracked = runs
+        else:
+            path = plan(self.columns, tuple(keep.flatten().tolist()))
+            chosen = everything(self.columns) if dense else path
+            runs, joins, tracked, indices = set(chosen.units), chosen.joins, set(path.units), {}
+        sets = int(alone) % self.running_mean.shape[0]
+        vectors = (self.gamma, self.beta, self.conv_bias, self.running_mean[sets], self.running_var[sets])
+        split = [None if v is None else v.split(self.sizes) for v in vectors]
+        branches: dict[int, Tensor] = {}
+        out = x
+        for row, joined in enumerate(joins):
+            for unit in self.schedule.starts[row]:
+                if unit.id in runs:
+                    counts = self.num_batches_tracked[sets, unit.id] if unit.id in tracked else None
+                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), counts)
+            if joined:
+                mask = None
+                if keep.dim() == 3:
+                    mask = torch.stack([live[u.id] for u in joined]).to(x.device)
+                elif dense:
+                    mask = keep[row, [u.column for u in joined]].to(x.device)
+                out = self._join([branches.pop(u.id) for u in joined], mask, last=row == len(joins) - 1)
+        unused = [p for i, p in enumerate(self.weights) if i not in runs]
+        unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
+        return self.finish(_WithZeros.apply(out, *unused) if unused else out)
+
+    def _check(self, x: Tensor, keep: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels or (self.pool is not None and min(x.shape[2:]) < 2):
+            raise ValueError(
+                f"ComposedBlock: expected x of shape [N, {self.in_channels}, H, W], H and W >= 2 for pooling, "
+                f"got {list(x.shape)}"
+            )
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise ValueError(
+                f"ComposedBlock: expected more than 1 value per channel when training, got x of shape {list(x.shape)}"
+            )
+        shape = (self.schedule.rows, self.columns) + ((x.shape[0],) if keep.dim() == 3 else ())
+        if tuple(keep.shape) != shape or keep.dtype != torch.bool:
+            raise ValueError(
+                f"ComposedBlock: expected keep bool of shape {list(shape)}, got {keep.dtype} {list(keep.shape)}"
+            )
+
+    def _live_samples(self, keep: Tensor) -> dict[int, Tensor]:
+        """Per unit, bool [N]: the samples whose result depends on it, from the last join backwards."""
+        reached = torch.zeros(self.schedule.rows, keep.shape[2], dtype=torch.bool, device="cpu")
+        reached[-1] = True
+        live: dict[int, Tensor] = {}
+        for row in range(self.schedule.rows - 1, -1, -1):
+            for unit in self.schedule.ends[row]:
+                live[unit.id] = reached[row] & keep[row, unit.column]
+                if unit.start > 0:
+                    reached[unit.start - 1] |= live[unit.id]
+        if keep.shape[2] and not any(bool(live[u.id].any()) for u in self.schedule.ends[-1]):
+            raise ValueError("ComposedBlock: expected keep to keep a branch of the last join for a sample, got none")
+        return live
+
+    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, counts: Tensor | None) -> Tensor:
+        """One unit up to its join, on some of the samples (None: all); the others are zeros."""
+        z = x if samples is None else x.index_select(0, samples)
+        y = F.conv2d(z, unit.weight, padding=1)
+        if unit.weight_1x1 is not None:
+            y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
+        if unit.conv_bias is not None:
+            y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
+        if rate := self.rate("conv"):
+            y = F.dropout(y, rate, self.training)
+        y = self.act(self._norm(y, unit, counts))
+        if rate := self.rate("activation"):
+            y = F.dropout(y, rate, self.training)
+        if unit.projection is not None:
+            y = F.conv2d(y, unit.projection)
+        if samples is None:
+            return y
+        zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
+        return zeros.index_copy(0, samples, y)
+
+    def _norm(self, y: Tensor, unit: SimpleNamespace, counts: Tensor | None) -> Tensor:
+        """Batch norm; in training it moves the running statistics, unless the unit is dead (``counts`` None)."""
+        mean, var, momentum = unit.running_mean, unit.running_var, self.momentum
+        if self.training:
+            if counts is None or y.numel() == y.shape[1]:  # one value has no unbiased variance
+                mean = var = None
+            else:
+                counts.add_(1)
+                momentum = 1 / float(counts) if momentum is None else momentum
+        # Not F.batch_norm, which refuses one value per channel: a sample's path may leave a unit no more than that.
+        return torch.batch_norm(y, unit.gamma, unit.beta, mean, var, self.training, momentum or 0.0, self.eps, True)
+
+    def _join(self, branches: list[Tensor], mask: Tensor | None, last: bool) -> Tensor:
+        if last and self.pool == "before":
+            branches = [F.max_pool2d(branch, 2) for branch in branches]
+        out = branches[0] if len(branches) == 1 and mask is None else masked_mean_join(branches, mask)
+        return F.max_pool2d(out, 2) if last and self.pool == "after" else out

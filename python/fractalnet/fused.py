@@ -1,0 +1,222 @@
+"""The fractal block of a network: what every block has, and the fused one on ``fractal_kernels.fractal_block``."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fractal_kernels import fractal_block
+from fractal_kernels.schedule import Unit, schedule
+
+from .layers import init_conv
+
+__all__ = ["ACTIVATIONS", "Block", "FractalBlock"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+}
+
+
+def as_conv(weight: Tensor) -> Tensor:
+    """[O, kH, kW, I] as the [O, I, kH, kW] view that a convolution takes."""
+    return weight.permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """What fused and composed blocks share: options, the pool, a column as plain layers.
+
+    ``pool`` is the 2x2 max-pool "before" or "after" the last join, "average", or None. ``dropout`` is a rate, and
+    ``dropout_place`` where: between "conv" and norm, after each "activation", or once on the output of the "block".
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        columns: int,
+        *,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        dropout_place: str = "conv",
+        pool: str | None = "before",
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule(columns)
+        self.columns, self.in_channels, self.out_channels = columns, in_channels, out_channels
+        self.activation, self.dropout, self.dropout_place = activation, dropout, dropout_place
+        self.pool, self.momentum, self.eps = pool, momentum, eps
+
+    def rate(self, place: str) -> float:
+        """The dropout rate at this place: 0 unless it is the block's."""
+        return self.dropout if place == self.dropout_place else 0.0
+
+    def finish(self, joined: Tensor) -> Tensor:
+        """What comes after the last join and its max-pool."""
+        if self.pool == "average":
+            if min(joined.shape[2:]) < 2:
+                raise ValueError(
+                    f"FractalBlock: expected x with H and W >= 2 for pooling, got {list(joined.shape[2:])}"
+                )
+            joined = F.avg_pool2d(joined, 2)
+        rate = self.rate("block")
+        return F.dropout(joined, rate, self.training) if rate else joined
+
+    def find(self, c: int, j: int) -> Unit:
+        """Column c's j-th unit."""
+        for unit in self.schedule.units:
+            if (unit.column, unit.step) == (c, j):
+                return unit
+        raise ValueError(f"unit: expected c < {self.columns} and j < 2**c, got c={c!r}, j={j!r}")
+
+    @torch.no_grad()
+    def unit_layers(self, c: int, j: int, set: int = 0) -> list[nn.Module]:
+        """Column c's j-th unit up to its join as modules of ``torch.nn``, with copies of its weights and statistics.
+
+        A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those.
+        """
+        unit = self.unit(c, j, set)
+        weight = unit.weight
+        if unit.weight_1x1 is not None:
+            weight = torch.cat([weight, F.pad(unit.weight_1x1, (1, 1, 1, 1))])
+        out_channels, in_channels = weight.shape[:2]
+        made = {"device": weight.device, "dtype": weight.dtype}
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None, **made)
+        bn = nn.BatchNorm2d(out_channels, self.eps, self.momentum, affine=unit.gamma is not None, **made)
+        layers = [conv, bn, ACTIVATIONS[self.activation]()]
+        copies = [(conv.weight, weight), (conv.bias, unit.conv_bias), (bn.weight, unit.gamma), (bn.bias, unit.beta)]
+        copies += [(bn.running_mean, unit.running_mean), (bn.running_var, unit.running_var)]
+        if unit.projection is not None:
+            layers.append(nn.Conv2d(out_channels, unit.projection.shape[0], 1, bias=False, **made))
+            copies.append((layers[-1].weight, unit.projection))
+        for target, source in copies:
+            if target is not None:
+                target.copy_(source)
+        for place, at in (("activation", 3), ("conv", 1)):
+            if self.rate(place):
+                layers.insert(at, nn.Dropout(self.dropout))
+        return layers
+
+    def pool_layer(self) -> nn.Module:
+        """The pool as a module of ``torch.nn``."""
+        if self.pool is None:
+            return nn.Identity()
+        return nn.AvgPool2d(2) if self.pool == "average" else nn.MaxPool2d(2)
+
+    def column_layers(self, c: int, set: int) -> list[nn.Module]:
+        """Column c alone as modules of ``torch.nn``, with copies of its weights and of its ``set`` of statistics.
+
+        The column's own projections stay in it: they belong to the branch, and the next convolution is made for their
+        width.
+        """
+        layers = [layer for j in range(2**c) for layer in self.unit_layers(c, j, set)]
+        if self.pool is not None:
+            layers.append(self.pool_layer())
+        return [*layers, nn.Dropout(self.dropout)] if self.rate("block") else layers
+
+
+class FractalBlock(Block):
+    """One fused block: a wide weight per row, and the normalisation of all units in [U, K] tensors.
+
+    ``weights[r]`` is [n_r*K, 3, 3, C_in]: channels_last convolution weights, stored contiguously, so that neither the
+    convolutions nor a fused optimiser has to copy them.
+
+    Running statistics are [S, U, K]: set 0 of steps in which a unit ran inside the full network, set 1 of steps in
+    which its column ran alone (S = 2), or one set for both (S = 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        columns: int,
+        *,
+        conv_bias: bool = False,
+        bn_affine: bool = True,
+        sets: int = 2,
+        **options: object,
+    ) -> None:
+        super().__init__(in_channels, channels, columns, **options)
+        self.channels = channels
+        units = len(self.schedule.units)
+        self.weights = nn.ParameterList(
+            torch.empty(len(row) * channels, 3, 3, in_channels if r == 0 else channels)
+            for r, row in enumerate(self.schedule.starts)
+        )
+        self.gamma = nn.Parameter(torch.ones(units, channels)) if bn_affine else None
+        self.beta = nn.Parameter(torch.zeros(units, channels)) if bn_affine else None
+        self.conv_bias = nn.Parameter(torch.zeros(units, channels)) if conv_bias else None
+        self.register_buffer("running_mean", torch.zeros(sets, units, channels))
+        self.register_buffer("running_var", torch.ones(sets, units, channels))
+        self.register_buffer("num_batches_tracked", torch.zeros(sets, units))
+
+    def init_weights(self, init: str) -> None:
+        for weight in self.weights:
+            init_conv(weight, init, weight.shape[3] * 9, self.channels * 9)  # fans of a unit, not of the wide weight
+
+    def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
+        """Views of column c's j-th conv: ``weight`` [K, C_in, 3, 3], ``gamma``, ``beta``, ``conv_bias`` and statistics;
+        ``weight_1x1`` and ``projection``, which only composed blocks have, are None.
+
+        Args:
+            c: column. j: which of its 2**c convs. set: which set of running statistics.
+        """
+        unit = self.find(c, j)
+        first = self.schedule.starts[unit.start][0].id
+        return SimpleNamespace(
+            weight=as_conv(self.weights[unit.start]).narrow(0, (unit.id - first) * self.channels, self.channels),
+            weight_1x1=None,
+            projection=None,
+            gamma=None if self.gamma is None else self.gamma[unit.id],
+            beta=None if self.beta is None else self.beta[unit.id],
+            conv_bias=None if self.conv_bias is None else self.conv_bias[unit.id],
+            running_mean=self.running_mean[set, unit.id],
+            running_var=self.running_var[set, unit.id],
+        )
+
+    def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
+        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`."""
+        sets = self.running_mean.shape[0]
+        mean = var = None
+        if not self.training:
+            which = (alone.to(x.device) % sets).view(1)
+            mean, var = (t.index_select(0, which)[0] for t in (self.running_mean, self.running_var))
+        result = fractal_block(
+            x,
+            [as_conv(weight) for weight in self.weights],
+            self.gamma,
+            self.beta,
+            keep,
+            conv_bias=self.conv_bias,
+            mean=mean,
+            var=var,
+            dropout=self.rate("conv"),
+            eps=self.eps,
+            pool=None if self.pool == "average" else self.pool,
+            dense=dense,
+        )
+        if self.training:
+            with torch.no_grad():
+                self._track(result.live, result.mean, result.var, alone, x.shape[0] * x.shape[2] * x.shape[3])
+        return self.finish(result.out)
+
+    def _track(self, live: Tensor, mean: Tensor, var: Tensor, alone: Tensor, count: int) -> None:
+        """Moves the running statistics of the units that ran, in the set of this step, without reading the device."""
+        if count < 2:
+            return
+        sets = self.running_mean.shape[0]
+        chosen = (torch.arange(sets) == alone % sets).to(live.device)
+        ran = (chosen.unsqueeze(1) * live).to(self.num_batches_tracked.dtype)
+        self.num_batches_tracked.add_(ran)
+        weight = ran * self.momentum if self.momentum is not None else ran / self.num_batches_tracked.clamp(min=1)
+        weight = weight.unsqueeze(2).to(self.running_mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype).expand_as(self.running_mean), weight)
+        unbiased = var * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype).expand_as(self.running_var), weight)
