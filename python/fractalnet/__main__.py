@@ -1,16 +1,19 @@
-"""python -m fractalnet: train a recipe, evaluate a checkpoint."""
+"""python -m fractalnet: train a recipe, evaluate a checkpoint, take a network elsewhere."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import data, evaluate, train
+from . import data, evaluate, export, train
 from .data import UserError
+from .model import FractalNet
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +61,36 @@ def run_anytime(arguments: argparse.Namespace) -> None:
     print(evaluate.anytime_table(evaluate.anytime(model, split.test_x, split.test_y), len(split.test_y)))
 
 
+def for_export(arguments: argparse.Namespace) -> FractalNet:
+    """The network of --checkpoint, which has the column of --column."""
+    model, _ = evaluate.unpack(arguments.checkpoint)
+    if arguments.column is not None and arguments.column >= model.columns:
+        raise UserError(f"--column: expected 0 to {model.columns - 1}, got {arguments.column}")
+    return model
+
+
+def run_extract(arguments: argparse.Namespace) -> None:
+    try:
+        export.save_column(for_export(arguments), arguments.column, arguments.out, fold=arguments.fold)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    print(f"wrote {arguments.out}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    writers = {".onnx": export.to_onnx, ".pt2": export.to_pt2}
+    if arguments.out.suffix not in writers:
+        raise UserError(f"--out: expected a name that ends in {' or '.join(writers)}, got {arguments.out.name!r}")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter copies PyTorch's own deprecated class
+            writers[arguments.out.suffix](for_export(arguments), arguments.out, arguments.column)
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    print(f"wrote {arguments.out}")
+
+
 def parser() -> Parser:
     top = Parser(prog="python -m fractalnet", description="Trains and evaluates FractalNets.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -77,6 +110,19 @@ def parser() -> Parser:
         command = commands.add_parser(name, help=text)
         command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
         command.set_defaults(run=run, parser=command)
+    for name, run, text in (
+        ("extract", run_extract, "writes one column as a plain network: weights and layers in a safetensors file"),
+        ("export", run_export, "writes the full network, or one column, as ONNX or as a torch.export program"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+        column = {"type": whole(0), "metavar": "C", "required": name == "extract"}
+        command.add_argument("--column", help="this column alone, 0 the shallowest", **column)
+        out = "FILE" if name == "extract" else "FILE.onnx|FILE.pt2"
+        command.add_argument("--out", type=Path, metavar=out, required=True, help="what to write")
+        command.set_defaults(run=run, parser=command)
+        if name == "extract":
+            command.add_argument("--fold", action="store_true", help="fold batch norms into the convolutions")
     return top
 
 

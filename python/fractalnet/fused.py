@@ -77,36 +77,48 @@ class Block(nn.Module):
         raise ValueError(f"unit: expected c < {self.columns} and j < 2**c, got c={c!r}, j={j!r}")
 
     @torch.no_grad()
+    def unit_layers(self, c: int, j: int, set: int = 0) -> list[nn.Module]:
+        """Column c's j-th unit up to its join as modules of ``torch.nn``, with copies of its weights and statistics.
+
+        A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those.
+        """
+        unit = self.unit(c, j, set)
+        weight = unit.weight
+        if unit.weight_1x1 is not None:
+            weight = torch.cat([weight, F.pad(unit.weight_1x1, (1, 1, 1, 1))])
+        out_channels, in_channels = weight.shape[:2]
+        made = {"device": weight.device, "dtype": weight.dtype}
+        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None, **made)
+        bn = nn.BatchNorm2d(out_channels, self.eps, self.momentum, affine=unit.gamma is not None, **made)
+        layers = [conv, bn, ACTIVATIONS[self.activation]()]
+        copies = [(conv.weight, weight), (conv.bias, unit.conv_bias), (bn.weight, unit.gamma), (bn.bias, unit.beta)]
+        copies += [(bn.running_mean, unit.running_mean), (bn.running_var, unit.running_var)]
+        if unit.projection is not None:
+            layers.append(nn.Conv2d(out_channels, unit.projection.shape[0], 1, bias=False, **made))
+            copies.append((layers[-1].weight, unit.projection))
+        for target, source in copies:
+            if target is not None:
+                target.copy_(source)
+        for place, at in (("activation", 3), ("conv", 1)):
+            if self.rate(place):
+                layers.insert(at, nn.Dropout(self.dropout))
+        return layers
+
+    def pool_layer(self) -> nn.Module:
+        """The pool as a module of ``torch.nn``."""
+        if self.pool is None:
+            return nn.Identity()
+        return nn.AvgPool2d(2) if self.pool == "average" else nn.MaxPool2d(2)
+
     def column_layers(self, c: int, set: int) -> list[nn.Module]:
         """Column c alone as modules of ``torch.nn``, with copies of its weights and of its ``set`` of statistics.
 
-        A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those. The column's own
-        projections stay in it: they belong to the branch, and the next convolution is made for their width.
+        The column's own projections stay in it: they belong to the branch, and the next convolution is made for their
+        width.
         """
-        layers: list[nn.Module] = []
-        for j in range(2**c):
-            unit = self.unit(c, j, set)
-            weight = unit.weight
-            if unit.weight_1x1 is not None:
-                weight = torch.cat([weight, F.pad(unit.weight_1x1, (1, 1, 1, 1))])
-            out_channels, in_channels = weight.shape[:2]
-            conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=unit.conv_bias is not None)
-            bn = nn.BatchNorm2d(out_channels, self.eps, self.momentum, affine=unit.gamma is not None)
-            steps = [conv, bn, ACTIVATIONS[self.activation]()]
-            copies = [(conv.weight, weight), (conv.bias, unit.conv_bias), (bn.weight, unit.gamma), (bn.bias, unit.beta)]
-            copies += [(bn.running_mean, unit.running_mean), (bn.running_var, unit.running_var)]
-            if unit.projection is not None:
-                steps.append(nn.Conv2d(out_channels, unit.projection.shape[0], 1, bias=False))
-                copies.append((steps[-1].weight, unit.projection))
-            for target, source in copies:
-                if target is not None:
-                    target.copy_(source)
-            for place, at in (("activation", 3), ("conv", 1)):
-                if self.rate(place):
-                    steps.insert(at, nn.Dropout(self.dropout))
-            layers += steps
+        layers = [layer for j in range(2**c) for layer in self.unit_layers(c, j, set)]
         if self.pool is not None:
-            layers.append(nn.AvgPool2d(2) if self.pool == "average" else nn.MaxPool2d(2))
+            layers.append(self.pool_layer())
         return [*layers, nn.Dropout(self.dropout)] if self.rate("block") else layers
 
 

@@ -92,8 +92,9 @@ def resnet_stem(in_channels: int, init: str, conv_bias: bool, bn_affine: bool, *
 def plain_stem(stem: nn.Sequential) -> list[nn.Module]:
     """A copy of the stem in modules of ``torch.nn``."""
     step = stem[0]
-    conv = nn.Conv2d(step.conv.in_channels, STEM_CHANNELS, 7, 2, 3, bias=step.conv.bias is not None)
-    bn = nn.BatchNorm2d(STEM_CHANNELS, step.bn.eps, step.bn.momentum, step.bn.affine)
+    made = {"device": step.conv.weight.device, "dtype": step.conv.weight.dtype}
+    conv = nn.Conv2d(step.conv.in_channels, STEM_CHANNELS, 7, 2, 3, bias=step.conv.bias is not None, **made)
+    bn = nn.BatchNorm2d(STEM_CHANNELS, step.bn.eps, step.bn.momentum, step.bn.affine, **made)
     conv.load_state_dict(step.conv.state_dict())
     bn.load_state_dict(step.bn.state_dict())
     return [conv, bn, nn.ReLU(), nn.MaxPool2d(3, 2, 1)]

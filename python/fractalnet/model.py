@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 
 from fractal_kernels.schedule import MAX_COLUMNS
 
-from . import drop_path
+from . import drop_path, export
 from .composed import ComposedBlock
 from .drop_path import Path
 from .fused import ACTIVATIONS, FractalBlock
+from .interchange import Hub
 from .layers import STEM_CHANNELS, check, check_network, is_number, is_whole, plain_stem, resnet_stem
 
 __all__ = ["FractalBlock", "FractalNet"]
 
 
-class FractalNet(nn.Module):
+class FractalNet(nn.Module, Hub):
     """FractalNet: B fractal blocks with 2x2 pooling, global average, linear classifier.
 
     Args:
@@ -245,9 +247,12 @@ class FractalNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
     @torch.no_grad()
-    def extract_column(self, c: int) -> nn.Sequential:
+    def extract_column(self, c: int, fold: bool = False) -> nn.Sequential:
         """Column c as a plain network of ``torch.nn`` modules, with copies of its weights and statistics.
 
+        Args:
+            c: column.
+            fold: fold the batch norms into the convolutions and leave out dropout: a network for evaluation.
         Example:
             >>> net = FractalNet(10, 2, (8,), image_size=8).eval()
             >>> x = torch.randn(2, 3, 8, 8)
@@ -259,10 +264,8 @@ class FractalNet(nn.Module):
         layers = [] if isinstance(self.stem, nn.Identity) else plain_stem(self.stem)
         for block in self.blocks:
             layers += block.column_layers(c, set=block.running_mean.shape[0] - 1)
-        head = nn.Linear(self.head.in_features, self.head.out_features)
-        head.load_state_dict(self.head.state_dict())
-        column = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-        return column.to(self.head.weight.device, self.head.weight.dtype).train(self.training)
+        column = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(self.head))
+        return export.fold(column) if fold else column.train(self.training)
 
     def anytime(self, x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yields (column, depth, logits), shallow first: the caller stops when it has to answer.

@@ -1,0 +1,265 @@
+"""A trained network elsewhere: batch norms folded, plain modules, ONNX and torch.export files, columns as files."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from . import data
+from .layers import plain_stem
+
+if TYPE_CHECKING:
+    from .fused import Block
+    from .model import FractalNet
+
+__all__ = ["fold", "load_column", "plain", "save_column", "to_exported_program", "to_onnx", "to_pt2"]
+
+FORMAT = "fractalnet column 1"
+
+# What a column's file may be built of: per layer, the attributes that are its constructor's arguments.
+_LAYERS: dict[str, tuple[str, ...]] = {
+    "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding", "bias"),
+    "BatchNorm2d": ("num_features", "eps", "momentum", "affine"),
+    "Dropout": ("p",),
+    "ReLU": (),
+    "LeakyReLU": ("negative_slope",),
+    "SiLU": (),
+    "Mish": (),
+    "MaxPool2d": ("kernel_size", "stride", "padding"),
+    "AvgPool2d": ("kernel_size", "stride", "padding"),
+    "AdaptiveAvgPool2d": ("output_size",),
+    "Flatten": (),
+    "Linear": ("in_features", "out_features", "bias"),
+}
+
+
+def _require(op: str, *packages: str) -> None:
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{op}: missing {name} ({error}); pip install fractal-kernels[export]") from error
+
+
+# --- plain modules -----------------------------------------------------------------------------------
+
+
+def fold(sequential: nn.Sequential) -> nn.Sequential:
+    r"""A copy for evaluation, with every batch norm folded into the convolution before it and no dropout.
+
+    .. math:: w' = w \gamma / \sqrt{var + eps}, \qquad b' = (b - mean) \gamma / \sqrt{var + eps} + \beta
+
+    The result is in evaluation mode. Training it is possible, and trains a network without batch norm.
+
+    Args:
+        sequential: of ``torch.nn`` modules. A convolution and its batch norm are neighbours, or have only dropout
+            between them; other batch norms stay.
+    Source:
+        Jacob et al. 2018 (arXiv:1712.05877), section 3.2.
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> [type(layer).__name__ for layer in fold(net)]
+        ['Conv2d', 'ReLU']
+    """
+    layers: list[nn.Module] = []
+    for layer in copy.deepcopy(sequential).eval():
+        if isinstance(layer, nn.Dropout):
+            continue  # the identity in evaluation
+        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[-1], nn.Conv2d):
+            layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers).eval()
+
+
+def _sequential(layers: Sequence[nn.Module], folded: bool) -> nn.Sequential:
+    return fold(nn.Sequential(*layers)) if folded else nn.Sequential(*layers)
+
+
+class _Block(nn.Module):
+    """A fractal block in evaluation, row by row, of torch.nn modules."""
+
+    def __init__(self, block: Block, folded: bool) -> None:
+        super().__init__()
+        self.schedule = block.schedule
+        units = block.schedule.units
+        self.units = nn.ModuleList(_sequential(block.unit_layers(u.column, u.step), folded) for u in units)
+        self.pool = block.pool_layer()
+        self.before = block.pool == "before"
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs: dict[int, Tensor] = {}
+        for row in range(self.schedule.rows):
+            outs |= {unit.column: self.units[unit.id](x) for unit in self.schedule.starts[row]}
+            branches = [outs[unit.column] for unit in self.schedule.ends[row]]
+            if self.before and row == self.schedule.rows - 1:
+                branches = [self.pool(branch) for branch in branches]
+            x = torch.stack(branches).mean(0)
+        return x if self.before else self.pool(x)
+
+
+@torch.no_grad()
+def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
+    """The full network in evaluation, of ``torch.nn`` modules and a mean per join: what every exporter understands.
+
+    Args:
+        model: whose weights, and statistics of the full network, are copied. Nothing is dropped.
+        fold: whether batch norms are folded into the convolutions (see :func:`fold`).
+    Returns:
+        A network in evaluation mode, [N, in_channels, S, S] to logits [N, num_classes], on the model's device.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), equation 1.
+    Example:
+        >>> from fractalnet import FractalNet
+        >>> net, x = FractalNet(10, 3, (8,), image_size=8).eval(), torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(plain(net)(x), net(x), atol=1e-5)
+        True
+    """
+    stem = [] if isinstance(model.stem, nn.Identity) else plain_stem(model.stem)
+    blocks = [_Block(block, fold) for block in model.blocks]
+    return nn.Sequential(
+        *_sequential(stem, fold), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(model.head)
+    ).eval()
+
+
+# --- programs ----------------------------------------------------------------------------------------
+
+
+def _prepare(model: FractalNet, column: int | None, fold: bool) -> tuple[nn.Sequential, dict[str, Any]]:
+    """The plain network, and the arguments that both exporters take: images of a batch of any size."""
+    net = plain(model, fold=fold) if column is None else model.extract_column(column, fold=fold).eval()
+    weight = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)).weight
+    images = weight.new_zeros(2, weight.shape[1], model.image_size, model.image_size)  # 0 and 1 would be constants
+    return net, {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+
+
+def to_exported_program(
+    model: FractalNet, column: int | None = None, *, fold: bool = True
+) -> torch.export.ExportedProgram:
+    """The full network, or one column, in evaluation as a ``torch.export`` program for batches of any size.
+
+    Args:
+        model: the network; it stays as it is.
+        column: this column alone instead of the full network.
+        fold: whether batch norms are folded into the convolutions.
+    Raises:
+        ValueError: there is no such column.
+    Example:
+        >>> from fractalnet import FractalNet
+        >>> program = to_exported_program(FractalNet(10, 2, (8,), image_size=8), column=1)
+        >>> program.module()(torch.randn(5, 3, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    net, arguments = _prepare(model, column, fold)
+    return torch.export.export(net, **arguments)
+
+
+def to_pt2(model: FractalNet, path: str | Path, column: int | None = None, *, fold: bool = True) -> None:
+    """Writes :func:`to_exported_program` to a file that ``torch.export.load`` reads without this package."""
+    buffer = io.BytesIO()
+    torch.export.save(to_exported_program(model, column, fold=fold), buffer)
+    _write(path, buffer.getvalue())
+
+
+def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, fold: bool = True) -> None:
+    """Writes the full network, or one column, in evaluation as ONNX: ``images`` [batch, ...] to ``logits``.
+
+    Args:
+        model: the network; it stays as it is.
+        path: of the file; it is written whole or not at all.
+        column: this column alone instead of the full network.
+        fold: whether batch norms are folded into the convolutions.
+    Raises:
+        ImportError: naming the missing package. ValueError: there is no such column. data.UserError: the file cannot
+        be written.
+    Example:
+        >>> from fractalnet import FractalNet
+        >>> to_onnx(FractalNet(10, 3, (8,), image_size=8), "net.onnx")  # doctest: +SKIP
+    """
+    _require("to_onnx", "onnx", "onnxscript")
+    net, arguments = _prepare(model, column, fold)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(net, **arguments, **names, dynamo=True, verbose=False)
+    proto = program.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # stack traces, with the paths of this machine
+    _write(path, proto.SerializeToString())
+
+
+def _write(path: str | Path, content: bytes) -> None:
+    path = Path(path)
+    if path.is_dir():
+        raise data.UserError(f"cannot write to {path}: it is a folder")
+    with data.folder_for(path.parent) as folder:
+        data.write(folder, {path.name: content})
+
+
+# --- columns as files --------------------------------------------------------------------------------
+
+
+def _describe(layer: nn.Module) -> tuple[str, dict[str, Any]]:
+    kind = type(layer).__name__
+    if kind not in _LAYERS:
+        raise ValueError(f"save_column: expected layers of {', '.join(_LAYERS)}, got {kind}")
+    values = {name: getattr(layer, name) for name in _LAYERS[kind]}
+    if "bias" in values:
+        values["bias"] = values["bias"] is not None
+    return kind, values
+
+
+def _build(kind: str, values: dict[str, Any]) -> nn.Module:
+    if kind not in _LAYERS or set(values) != set(_LAYERS[kind]):
+        raise ValueError(f"unknown layer {kind!r} with {', '.join(values) or 'no arguments'}")
+    return getattr(nn, kind)(**values)
+
+
+def save_column(model: FractalNet, c: int, path: str | Path, *, fold: bool = False) -> None:
+    """Writes column c (see ``model.extract_column``) as a safetensors file, its layers as JSON in the header.
+
+    Raises:
+        ImportError: safetensors is missing. ValueError: there is no such column. data.UserError: the file cannot be
+        written.
+    """
+    _require("save_column", "safetensors")
+    from safetensors.torch import save
+
+    column = model.extract_column(c, fold=fold)
+    header = {"format": FORMAT, "layers": json.dumps([_describe(layer) for layer in column])}
+    _write(path, save({name: t.contiguous() for name, t in column.state_dict().items()}, header))
+
+
+def load_column(path: str | Path) -> nn.Sequential:
+    """The plain network of a file of :func:`save_column`, in evaluation mode, on the CPU.
+
+    Only layers of a fixed list are built; nothing in the file is executed.
+
+    Raises:
+        ImportError: safetensors is missing. FileNotFoundError: there is no such file. ValueError: it is damaged, or
+        was not written by :func:`save_column`.
+    """
+    _require("load_column", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise ValueError(f"expected format {FORMAT!r}, got {header.get('format')!r}")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        layers: Sequence[Any] = json.loads(header["layers"])
+        with torch.device("meta"):  # the file's numbers allocate nothing
+            column = nn.Sequential(*(_build(kind, values) for kind, values in layers))
+        column.load_state_dict(state, assign=True)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"load_column: {path} is damaged or not a column's file ({reason})") from error
+    return column.eval()
