@@ -26,7 +26,10 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
-GROUPS = ("join", "step", "memory", "conv", "gpu")
+GROUPS = ("join", "step", "memory", "depth", "conv", "gpu")
+
+
+OTHERS = ("separate", "library", "dense")  # contenders without a column of their own
 
 
 class ReportError(Exception):
@@ -43,13 +46,18 @@ def number(value: float) -> str:
 
 def notes(row: dict[str, Any]) -> str:
     extra = row["extra"]
-    texts = [f"{number(r['figures'])}× {name}" for name, r in row["ratios"].items() if name in ("separate", "library")]
+    texts = [f"{number(r['figures'])}× {name}" for name, r in row["ratios"].items() if name in OTHERS]
     if "share_of_copy" in extra:
         texts.append(f"{100 * extra['share_of_copy']:.0f} % of a copy's bandwidth ({number(extra['gb_per_s'])} GB/s)")
     if "vs_fp32" in extra:
         texts.append(f"{number(extra['vs_fp32'])}× the speed of fp32")
     if "vs_eager_nchw" in extra:
         texts.append(f"{number(extra['vs_eager_nchw'])}× eager on NCHW tensors")
+    if "times_of_shallower" in extra:
+        texts.append(
+            f"{number(extra['times_of_shallower'])} times C = 5, {number(extra['saved_of_shallower'])} times its saved "
+            f"bytes; paths and live sets: {100 * extra['host_share']:.1f} % of the step"
+        )
     if "share_of_eager" in extra:
         texts.append(
             f"{number(extra['share_of_eager'])} of eager's; "

@@ -1,0 +1,90 @@
+"""What depth costs: a step and its memory at C = 6 against C = 5, building C = 8, schedules and live sets; and what
+ranges of columns save under paths per sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fractalnet
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import cases
+from benchmarks.bench_step import TOLERANCE, full_path, saved_bytes, training_step
+from benchmarks.cases import NETS, Net
+from benchmarks.compare import hold_together
+from fractal_kernels.schedule import plan
+
+DEEP = dataclasses.replace(NETS["c4"], title="C = 6 (160 layers), channels 16…128, batch 50", columns=6, paths=60)
+
+
+def host_seconds(model: fractalnet.FractalNet, net: Net, draws: int = 50) -> float:
+    """Drawing a path and finding its live set in every block, as a step does, with nothing cached."""
+    generator = torch.Generator().manual_seed(0)
+    start = time.perf_counter()
+    for _ in range(draws):
+        plan.cache_clear()
+        for keep in model.sample_path(net.batch, generator).keep:
+            plan(net.columns, tuple(keep.flatten().tolist()))
+    return (time.perf_counter() - start) / draws
+
+
+def test_deeper(compare: Callable[..., None]) -> None:
+    """160 layers against 80, on the same batch and the same mixture of paths."""
+    nets = {"ours": DEEP, "shallower": dataclasses.replace(DEEP, columns=5)}
+    x, y = cases.random_batch(DEEP)
+    x = x.to(memory_format=torch.channels_last)
+    contenders, saved, host = {}, {}, {}
+
+    def step_of(name: str, net: Net) -> Callable[[int], None]:
+        model = fractalnet.FractalNet(net.classes, net.columns, net.channels, image_size=net.image)
+        paths = cases.stratified_paths(model, net)
+        saved[name] = saved_bytes(model, lambda: F.cross_entropy(model(x, path=full_path(net)), y))
+        host[name] = host_seconds(model, net)
+        return training_step(model, lambda i: model(x, path=paths[i % net.paths]), y)
+
+    for name, net in nets.items():
+        contenders[name] = step_of(name, net)
+
+    def extra(row: dict[str, Any]) -> dict[str, float]:
+        ms = {name: contender["figure"] for name, contender in row["contenders"].items()}
+        return {
+            "times_of_shallower": ms["ours"] / ms["shallower"],
+            "saved_of_shallower": saved["ours"] / saved["shallower"],
+            "host_share": 1e3 * host["ours"] / ms["ours"],
+        }
+
+    compare("depth", f"training step, {DEEP.title}", contenders, DEEP.paths, cycle=DEEP.paths, extra=extra)
+
+
+def test_ranges_of_columns(compare: Callable[..., None]) -> None:
+    """Paths per sample, statistics over live samples: a column's convolutions on its ranges, or on all of the batch."""
+    net = NETS["c3"]
+    x, y = cases.random_batch(net)
+    x = x.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    model = fractalnet.FractalNet(net.classes, net.columns, net.channels, image_size=net.image, granularity="sample")
+    generator = torch.Generator().manual_seed(0)
+    paths = [model.sample_path(net.batch, generator) for _ in range(net.paths)]
+
+    def forward(dense: bool) -> Callable[[int], Tensor]:
+        return lambda i: model(x, path=paths[i % net.paths], dense=dense)
+
+    with torch.no_grad():
+        for i in range(4):
+            hold_together(f"ranges, path {i}", [forward(False)(i)], [forward(True)(i)], TOLERANCE)
+    contenders = {"ours": training_step(model, forward(False), y), "dense": training_step(model, forward(True), y)}
+    what = f"training step, paths per sample, {net.title}"
+    compare("depth", what, contenders, net.paths * net.passes, cycle=net.paths)
+
+
+def test_building(benchmark: Any, record: Callable[..., None]) -> None:
+    """The 640-layer network, weights drawn."""
+    benchmark.pedantic(lambda: fractalnet.create("fractal_c8"), rounds=3, iterations=1, warmup_rounds=1)
+    if not benchmark.disabled:
+        ms = 1e3 * benchmark.stats.stats.median
+        record("depth", "building C = 8 (640 layers)", {"contenders": {"ours": {"figure": ms}}, "ratios": {}})
