@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fractalnet
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from benchmarks import cases
 from benchmarks.bench_step import TOLERANCE, full_path, saved_bytes, training_step
 from benchmarks.cases import NETS, Net
 from benchmarks.compare import hold_together
+from fractal_kernels import block_rows
 from fractal_kernels.schedule import plan
 
 DEEP = dataclasses.replace(NETS["c4"], title="C = 6 (160 layers), channels 16…128, batch 50", columns=6, paths=60)
@@ -61,13 +63,14 @@ def test_deeper(compare: Callable[..., None]) -> None:
     compare("depth", f"training step, {DEEP.title}", contenders, DEEP.paths, cycle=DEEP.paths, extra=extra)
 
 
-def test_ranges_of_columns(compare: Callable[..., None]) -> None:
+@pytest.mark.parametrize("batch", [50, 200])
+def test_ranges_of_columns(compare: Callable[..., None], batch: int) -> None:
     """Paths per sample, statistics over live samples: a column's convolutions on its ranges, or on all of the batch."""
-    net = NETS["c3"]
+    title = NETS["c3"].title.replace("batch 50", f"batch {batch}")
+    net = dataclasses.replace(NETS["c3"], batch=batch, paths=12, title=title)
     x, y = cases.random_batch(net)
     x = x.to(memory_format=torch.channels_last)
-    torch.manual_seed(0)
-    model = fractalnet.FractalNet(net.classes, net.columns, net.channels, image_size=net.image, granularity="sample")
+    model = per_sample(net)
     generator = torch.Generator().manual_seed(0)
     paths = [model.sample_path(net.batch, generator) for _ in range(net.paths)]
 
@@ -80,6 +83,35 @@ def test_ranges_of_columns(compare: Callable[..., None]) -> None:
     contenders = {"ours": training_step(model, forward(False), y), "dense": training_step(model, forward(True), y)}
     what = f"training step, paths per sample, {net.title}"
     compare("depth", what, contenders, net.paths * net.passes, cycle=net.paths)
+
+
+def per_sample(net: Net) -> fractalnet.FractalNet:
+    torch.manual_seed(0)
+    return fractalnet.FractalNet(net.classes, net.columns, net.channels, image_size=net.image, granularity="sample")
+
+
+@pytest.mark.parametrize("batch", [25, 50, 100, 200])
+@pytest.mark.parametrize("block", range(5))
+def test_ranges_by_block(compare: Callable[..., None], monkeypatch: Any, batch: int, block: int) -> None:
+    """What the rule `ranges_are_faster` is read from: every block of the C = 3 net, in ranges and as a whole."""
+    monkeypatch.setattr(block_rows, "RANGES_PAY", 1)
+    net = NETS["c3"]
+    model = per_sample(net)
+    side = net.image >> block
+    x = torch.randn(batch, model.blocks[block].in_channels, side, side).to(memory_format=torch.channels_last)
+    x.requires_grad_(block > 0)
+    paths = [model.sample_path(batch, torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def contender(dense: bool) -> Callable[[int], None]:
+        def call(i: int) -> None:
+            path = paths[i % 4]
+            model.blocks[block](x, path.keep[block], path.alone, dense).sum().backward()
+
+        return call
+
+    contenders = {"ours": contender(False), "dense": contender(True)}
+    what = f"block forward + backward, paths per sample, {net.channels[block]} channels, {batch}x{side}x{side}"
+    compare("conv", what, contenders, 8, cycle=4)
 
 
 def test_building(benchmark: Any, record: Callable[..., None]) -> None:

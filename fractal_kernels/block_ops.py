@@ -10,16 +10,15 @@ The path is data: under torch.compile the operators are opaque and take it as a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends, tiny_conv
-from .block_rows import Rows, Segment, gather_weight, statistics
-from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
-from .schedule import Unit, plan, schedule
+from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
+from .library import _LIB, Flags, accumulate_dtype, empty, pooled, to_layout
+from .schedule import plan, schedule
 
 _aten = torch.ops.aten
 
@@ -73,31 +72,30 @@ def _block_forward(
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
+    stats = Statistics(launch, rows, mean, var, count)
     kept: list[Tensor] = []
     joins: list[Tensor] = []
     source = x
     for row in range(rows.rows):
         outputs: list[Tensor] = []
         noises: list[Tensor] = []
-        seen: set[int] = set()
-        for i, segment in enumerate(rows.segments):
-            inputs = segment.part(source)
-            for group in rows.groups(row, segment, weights):
-                first, n = group[0].id, len(group)
-                bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
-                weight = rows.weight(group, weights)
-                if bias is None and tiny_conv.fits(inputs, weight):
-                    y = tiny_conv.conv(inputs, weight)
-                else:
-                    y = torch.conv2d(inputs, weight, bias, padding=1)
-                if dropout and training:
-                    y, noise = _aten.native_dropout(y, dropout, True)
-                    noises.append(noise)
-                y = to_layout(y, True)
-                outputs.append(y)
-                rows.narrow(y, group, ys[i])
-                if training:
-                    statistics(launch, mean, var, count, y, segment, group, rows, ys[i], seen)
+        for conv in rows.convs(row, weights):
+            first, n = conv.group[0].id, len(conv.group)
+            bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
+            inputs, weight = conv.part(source), rows.weight(conv.group, weights)
+            if bias is None and tiny_conv.fits(inputs, weight):
+                y = tiny_conv.conv(inputs, weight)
+            else:
+                y = torch.conv2d(inputs, weight, bias, padding=1)
+            if dropout and training:
+                y, noise = _aten.native_dropout(y, dropout, True)
+                noises.append(noise)
+            y = to_layout(y, True)
+            outputs.append(y)
+            rows.spread(y, conv, ys)
+            if training:
+                stats.take(y, conv)
+        stats.finish_row(rows.schedule.starts[row])
         if save:
             noisy = dropout and training
             kept += rows.fixed(outputs, row, weights, x) if fixed else outputs
@@ -113,25 +111,13 @@ def _block_forward(
             if save and rows.keeps_join(row):
                 joins.append(target)
             source = target
-    if training and not rows.counted:
-        alive = plan(rows.columns, tuple(path.flatten().tolist())).units if path.dim() == 2 else range(units)
-        values = x.shape[0] * x.shape[2] * x.shape[3]
-        for first, last in _ranges(alive):  # no index tensor: it would be copied from the host
-            count[first:last].fill_(values)
+    if path.dim() == 2 and dense:  # what is dead ran too, and its statistics are of no use
+        alive = plan(rows.columns, tuple(path.flatten().tolist())).units
+        for unit in set(range(units)).difference(alive):
+            count[unit].zero_()
     if not training:
         mean, var = x.new_empty(0), x.new_empty(0)
     return [source, count, mean, var, *joins, *kept]
-
-
-def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Increasing numbers as half-open ranges."""
-    found: list[tuple[int, int]] = []
-    for n in numbers:
-        if found and found[-1][1] == n:
-            found[-1] = found[-1][0], n + 1
-        else:
-            found.append((n, n + 1))
-    return found
 
 
 @torch.library.impl(_LIB, "block_backward", "CompositeExplicitAutograd")
@@ -165,58 +151,60 @@ def _block_backward(
     vectors = _unbind(mean, var, gamma, beta)
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     dys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
-    number = {segment.first: i for i, segment in enumerate(rows.segments)}
     buffers: list[list[Tensor]] = []
     for parts in outputs:
-        buffers.append([])
-        for segment, group, y in parts:
-            i = number[segment.first]
-            rows.narrow(y, group, ys[i])
-            dy = empty((segment.size, len(group) * channels, *shape[2:]), x, True)
-            rows.narrow(dy, group, dys[i])
-            buffers[-1].append(dy)
-    joined_units = [u.id for row in range(rows.rows) for *_, joined in rows.joins(row) for u in joined]
-    sums = x.new_empty((2, len(joined_units), channels), dtype=mean.dtype)
-    everywhere = x.new_full((MAX_BRANCHES,), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
+        buffers.append([empty((conv.size, y.shape[1], *shape[2:]), x, True) for conv, y in parts])
+        for (conv, y), dy in zip(parts, buffers[-1], strict=True):
+            rows.spread(y, conv, ys)
+            rows.spread(dy, conv, dys)
+    order = [u.id for units_here in rows.slots for u in units_here]
+    several = len(rows.segments) > 1
+    make = x.new_zeros if several else x.new_empty
+    sums = [make((2, len(order), channels), dtype=mean.dtype)]
+    if rows.counted and batch_stats:
+        counts = torch.stack([count[u] for u in order])
+    else:
+        counts = x.new_full((len(order),), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
     dweights: list[Tensor] = [x.new_empty(0)] * rows.rows
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
-    position, ds = len(joined_units), [segment.part(grad) for segment in rows.segments]
+    position, ds = len(order), [segment.part(grad) for segment in rows.segments]
     for row in range(rows.rows - 1, -1, -1):
-        code, joined_here = rows.join_flags(row), rows.joins(row)
-        calls = []
-        position -= (entries := sum(len(joined) for *_, joined in joined_here))
-        at = position
-        for i, segment, joined in joined_here:
-            dz, dzx = (s[at : at + len(joined)] for s in sums)
-            at += len(joined)
+        code, calls, layers = rows.join_flags(row), [], Layers()
+        end = position
+        position -= len(rows.slots[row])
+        for i, segment, joined in rows.joins(row):
+            layer = layers.at(joined)
+            if layer == len(sums):
+                sums.append(torch.zeros_like(sums[0]))
+            at = position + (joined[0].column - rows.slots[row][0].column if several else 0)
+            here = slice(at, at + len(joined))
             norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
             g, branches = to_layout(ds[i], True), [ys[i].pop(u.id) for u in joined]
             if batch_stats or gamma is not None:
-                launch.join_backward_reduce(dz, dzx, g, branches, mask, *norm, eps, code, True)
-            counts = torch.stack([count[u.id] for u in joined]) if rows.counted and batch_stats else everywhere
-            calls.append((i, joined, g, branches, mask, norm, [dz, dzx, counts] if batch_stats else []))
-        if len(joined_here) > 1:
-            _add_up(sums[:, position : position + entries], joined_units[position : position + entries])
-        for i, joined, g, branches, mask, norm, stats in calls:
+                out = sums[layer][0, here], sums[layer][1, here]
+                launch.join_backward_reduce(*out, g, branches, mask, *norm, eps, code, True)
+            calls.append((i, joined, here, (g, branches, mask, *norm)))
+        for layer in layers.further():
+            sums[0][:, position:end] += sums[layer][:, position:end]
+        for i, joined, here, arguments in calls:
             targets = [dys[i].pop(u.id) for u in joined]
-            launch.join_backward_apply(targets, g, branches, mask, *norm, stats, eps, code, True)
+            stats = [sums[0][0, here], sums[0][1, here], counts[here]] if batch_stats else []
+            launch.join_backward_apply(targets, *arguments, stats, eps, code, True)
         needs = row > 0 or needs_x
         totals: dict[int, Tensor] = {}
-        sources: dict[int, Tensor] = {}
         parts_of_weight = []
-        for (segment, group, _), dy, noise in zip(outputs[row], buffers.pop(), noises[row], strict=True):
-            i = number[segment.first]
-            if i not in sources:
-                sources[i] = _source(launch, rows, row, segment, x, joins, ys[i], vectors, eps)
-            source = sources[i]
+        for (conv, _), dy, noise in zip(outputs[row], buffers.pop(), noises[row], strict=True):
+            source, weight = (
+                _source(launch, rows, row, conv, x, joins, ys, vectors, eps),
+                rows.weight(conv.group, weights),
+            )
             if noise is not None:
                 dy = _aten.native_dropout_backward(dy, noise, 1.0 / (1.0 - dropout))
-            weight = rows.weight(group, weights)
             if not conv_bias and tiny_conv.fits(source, weight):
-                if not dweights[row].numel() and len(rows.segments) == 1:
+                if not dweights[row].numel() and not several:
                     dweights[row] = torch.empty_like(weights[row])
-                here = dweights[row].numel() > 0
-                dweight = rows.weight(group, dweights) if here else torch.empty_like(weight)
+                there = dweights[row].numel() > 0
+                dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
                 dsource = tiny_conv.conv_backward(dy, source, weight, needs, dweight)
             else:
                 sizes, want = ([dy.shape[1]] if conv_bias else None), [needs, True, conv_bias]
@@ -224,17 +212,20 @@ def _block_backward(
                     dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
                 )
                 if conv_bias:
-                    dconv_bias[group[0].id : group[0].id + len(group)] += dbias.view(len(group), channels)
+                    first, n = conv.group[0].id, len(conv.group)
+                    dconv_bias[first : first + n] += dbias.view(n, channels)
             if dsource is not None:
-                totals[i] = totals[i].add_(dsource) if i in totals else dsource
-            parts_of_weight.append((group, dweight))
+                for i in conv.segments:
+                    part = rows.segments[i].part(dsource, conv.first)
+                    totals[i] = totals[i].add_(part) if i in totals else part
+            parts_of_weight.append((conv.group, dweight))
         dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows)
         for i, total in totals.items():
             ds[i] = total
-    zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(joined_units)}
+    zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
     dgamma, dbeta = (
         x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])
-        for p, s in ((gamma, sums[1]), (beta, sums[0]))
+        for p, s in ((gamma, sums[0][1]), (beta, sums[0][0]))
     )
     dx = x.new_empty(0)
     if needs_x:
@@ -244,59 +235,50 @@ def _block_backward(
     return [dx, *dweights, dconv_bias, dgamma, dbeta]
 
 
-def _add_up(sums: Tensor, order: list[int]) -> None:
-    """Gives every entry of a unit, one per segment that it runs in, the sum of all its entries, in a fixed order."""
-    places: dict[int, list[int]] = {}
-    for place, unit in enumerate(order):
-        places.setdefault(unit, []).append(place)
-    for first, *others in places.values():
-        for other in others:
-            sums[:, first] += sums[:, other]
-        for other in others:
-            sums[:, other] = sums[:, first]
-
-
 def _source(
     launch: Any,
     rows: Rows,
     row: int,
-    segment: Segment,
+    conv: Conv,
     x: Tensor,
     joins: list[Tensor],
-    ys: dict[int, Tensor],
+    ys: list[dict[int, Tensor]],
     vectors: list[tuple[Tensor, ...]],
     eps: float,
 ) -> Tensor:
-    """What the convs of a row read: the block's input, a saved join, or a join of one branch computed again."""
+    """What a conv reads: the block's input, a saved join, or a join of one branch computed again."""
     if row == 0 or rows.keeps_join(row - 1):
-        return segment.part(x if row == 0 else joins[row - 1])
-    before = segment.plan.joins[row - 1]
-    source = empty((segment.size, rows.channels, *x.shape[2:]), x, True)
-    mask, code = segment.joined_mask(row - 1, before), rows.join_flags(row - 1)
-    launch.join_forward(source, [ys[u.id] for u in before], mask, *rows.norm(before, vectors), eps, code, True)
+        return conv.part(x if row == 0 else joins[row - 1])
+    source = empty((conv.size, rows.channels, *x.shape[2:]), x, True)
+    code = rows.join_flags(row - 1)
+    for i in conv.segments:
+        segment = rows.segments[i]
+        before = segment.plan.joins[row - 1]
+        arguments = [ys[i][u.id] for u in before], segment.joined_mask(row - 1, before), *rows.norm(before, vectors)
+        launch.join_forward(segment.part(source, conv.first), *arguments, eps, code, True)
     return source
 
 
 def _unpack(
     rows: Rows, weights: list[Tensor], saved: list[Tensor], noisy: bool, fixed: bool
-) -> tuple[list[Tensor], list[list[tuple[Segment, tuple[Unit, ...], Tensor]]], list[list[Tensor | None]]]:
-    """Joins by row, (segment, group, output) by row, dropout masks by row, from what block_forward returned."""
+) -> tuple[list[Tensor], list[list[tuple[Conv, Tensor]]], list[list[Tensor | None]]]:
+    """Joins by row, convs with their outputs by row, dropout masks by row, from what block_forward returned."""
     items = iter(saved)
     kept = [rows.keeps_join(r) and (fixed or bool(rows.joins(r))) for r in range(rows.rows)]
     joins = [next(items) if there else weights[0] for there in kept]
     outputs = []
     noises: list[list[Tensor | None]] = []
     for row in range(rows.rows):
-        places = rows.places(row, weights)
+        convs = rows.convs(row, weights)
         parts: list[list[Tensor]] = []
         for _ in range(2 if noisy else 1):
             if fixed:
                 full = next(items)
-                parts.append([rows.in_fixed(full, segment, group) for segment, group in places])
+                parts.append([rows.in_fixed(full, conv) for conv in convs])
             else:
-                parts.append([next(items) for _ in places])
-        outputs.append([(segment, group, y) for (segment, group), y in zip(places, parts[0], strict=True)])
-        noises.append([*parts[1]] if noisy else [None] * len(places))
+                parts.append([next(items) for _ in convs])
+        outputs.append(list(zip(convs, parts[0], strict=True)))
+        noises.append([*parts[1]] if noisy else [None] * len(convs))
     return joins, outputs, noises
 
 

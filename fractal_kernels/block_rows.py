@@ -17,6 +17,13 @@ from torch import Tensor
 from .library import Flags, empty
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
+RANGES_PAY = 12_000_000  # measured: benchmarks/bench_depth.py
+
+
+def ranges_are_faster(x: Tensor, channels: int) -> bool:
+    """Whether the ranges of columns in a batch are worth more, smaller convolutions: if a unit's work is enough."""
+    return x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
+
 
 def wide_is_faster(in_channels: int) -> bool:
     """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
@@ -31,23 +38,25 @@ class Segment(NamedTuple):
     plan: Plan
     mask: Tensor | None
 
-    @property
-    def per_sample(self) -> bool:
-        return self.mask is not None and self.mask.dim() == 3
-
-    def part(self, t: Tensor) -> Tensor:
-        """This segment's samples of ``t``."""
-        return t if self.size == t.shape[0] else t.narrow(0, self.first, self.size)
+    def part(self, t: Tensor, first: int = 0) -> Tensor:
+        """This segment's samples of ``t``, which begins with sample ``first``."""
+        return t if self.size == t.shape[0] else t.narrow(0, self.first - first, self.size)
 
     def joined_mask(self, row: int, joined: tuple[Unit, ...]) -> Tensor | None:
         return None if self.mask is None else self.mask[row, joined[0].column :]
 
-    def unit_mask(self, group: tuple[Unit, ...]) -> Tensor:
-        """[n, size]: whether each unit lives in each sample."""
-        assert self.mask is not None
-        if len(group) == 1:
-            return self.mask[group[0].end, group[0].column].unsqueeze(0)
-        return torch.stack([self.mask[unit.end, unit.column] for unit in group])
+
+class Conv(NamedTuple):
+    """One convolution: a run of units of a row, on neighbouring segments."""
+
+    first: int
+    size: int
+    group: tuple[Unit, ...]
+    segments: tuple[int, ...]  # their numbers
+
+    def part(self, t: Tensor) -> Tensor:
+        """Its samples of ``t``."""
+        return t if self.size == t.shape[0] else t.narrow(0, self.first, self.size)
 
 
 def live_samples(columns: int, keep: Tensor) -> Tensor:
@@ -71,23 +80,25 @@ def alone(keep: Tensor) -> list[int]:
     return torch.where(used.sum(0) == 1, used.to(torch.uint8).argmax(0), -1).tolist()
 
 
-def segments(columns: int, path: Tensor, dense: bool, live: bool, batch: int, device: torch.device) -> list[Segment]:
+def segments(columns: int, path: Tensor, dense: bool, live: bool, x: Tensor, channels: int) -> list[Segment]:
     """The segments of a path [R, C] on the host, or [R, C, N] anywhere (on the host where ranges are to be found)."""
+    batch, device = x.shape[0], x.device
     if path.dim() == 2:
         if dense:
             return [Segment(0, batch, everything(columns), path.to(device))]
         return [Segment(0, batch, plan(columns, tuple(path.flatten().tolist())), None)]
     keep = live_samples(columns, path) if live else path
     whole = [Segment(0, batch, everything(columns), keep.contiguous().to(device, non_blocking=True))]
-    if dense or not live or path.device.type != "cpu" or batch == 0:
+    if dense or not live or path.device.type != "cpu" or not ranges_are_faster(x, channels):
         return whole
-    found = [
-        Segment(at, size, everything(columns), whole[0].mask[..., at : at + size].contiguous())  # type: ignore[index]
+    mask = whole[0].mask
+    assert mask is not None
+    return [
+        Segment(at, size, everything(columns), mask[..., at : at + size].contiguous())
         if column < 0
         else Segment(at, size, _only(columns, column), None)
         for column, at, size in ranges(alone(keep), batch / (4 * columns))
     ]
-    return sorted(found, key=lambda s: s.mask is None)  # a row's units are first seen together, then one by one
 
 
 def ranges(columns: list[int], least: float) -> list[tuple[int, int, int]]:
@@ -115,20 +126,33 @@ class Rows:
 
     def __init__(self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int, x: Tensor) -> None:
         self.columns = len(weights).bit_length()
-        self.rows, self.channels, self.flags, self.batch = len(weights), channels, flags, x.shape[0]
+        self.rows, self.channels, self.flags = len(weights), channels, flags
+        self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)
-        self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x.shape[0], x.device)
-        # Whether a unit's number of live values depends on more than the batch.
+        self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
+        # Whether a unit's number of live values depends on more than the batch, and if so, on what.
         self.counted = bool(flags & Flags.STATS_LIVE) and path.dim() == 3
+        # Units, in the order of the joins that they end in: where their sums are in backward.
+        everywhere = len(self.segments) > 1
+        self.slots = [
+            s if everywhere else j for s, j in zip(self.schedule.ends, self.segments[0].plan.joins, strict=True)
+        ]
 
-    def groups(self, row: int, segment: Segment, weights: list[Tensor]) -> list[tuple[Unit, ...]]:
-        """The units of a row that run in a segment, as the convs that they run in."""
-        units = segment.plan.live[row]
-        return runs(units) if wide_is_faster(weights[row].shape[1]) else [(unit,) for unit in units]
-
-    def places(self, row: int, weights: list[Tensor]) -> list[tuple[Segment, tuple[Unit, ...]]]:
-        """Every conv of a row."""
-        return [(segment, group) for segment in self.segments for group in self.groups(row, segment, weights)]
+    def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
+        """Every convolution of a row."""
+        found: list[Conv] = []
+        wide = wide_is_faster(weights[row].shape[1])
+        for i, segment in enumerate(self.segments):
+            units = segment.plan.live[row]
+            for group in runs(units) if wide else [(unit,) for unit in units]:
+                conv = Conv(segment.first, segment.size, group, (i,))
+                for at, other in enumerate(found):
+                    if other.group == group and other.first + other.size == segment.first:
+                        found[at] = Conv(other.first, other.size + segment.size, group, (*other.segments, i))
+                        break
+                else:
+                    found.append(conv)
+        return found
 
     def joins(self, row: int) -> list[tuple[int, Segment, tuple[Unit, ...]]]:
         """Every join of a row: the segment's number, the segment, the branches."""
@@ -152,10 +176,12 @@ class Rows:
         """Means, vars, weights and biases of the branches, as the launchers take them."""
         return [[rows[u.id] for u in joined] if rows else [] for rows in vectors]
 
-    def narrow(self, y: Tensor, group: tuple[Unit, ...], into: dict[int, Tensor]) -> None:
-        """The units' channels of a conv's output."""
-        for i, unit in enumerate(group):
-            into[unit.id] = y if len(group) == 1 else y.narrow(1, i * self.channels, self.channels)
+    def spread(self, y: Tensor, conv: Conv, into: list[dict[int, Tensor]]) -> None:
+        """A conv's output as the outputs of its units on its segments."""
+        for i in conv.segments:
+            part = self.segments[i].part(y, conv.first)
+            for at, unit in enumerate(conv.group):
+                into[i][unit.id] = part if len(conv.group) == 1 else part.narrow(1, at * self.channels, self.channels)
 
     def fixed(self, parts: list[Tensor], row: int, weights: list[Tensor], like: Tensor) -> list[Tensor]:
         """The parts of a row in one buffer whose size does not depend on the path (torch.compile)."""
@@ -163,12 +189,25 @@ class Rows:
         if len(parts) == 1 and parts[0].shape[:2] == (self.batch, wide):
             return parts
         full = empty((self.batch, wide, *like.shape[2:]), like, True)
-        for part, (segment, group) in zip(parts, self.places(row, weights), strict=True):
-            self.in_fixed(full, segment, group).copy_(part)
+        for part, conv in zip(parts, self.convs(row, weights), strict=True):
+            self.in_fixed(full, conv).copy_(part)
         return [full]
 
-    def in_fixed(self, full: Tensor, segment: Segment, group: tuple[Unit, ...]) -> Tensor:
-        return segment.part(full).narrow(1, self.offset(group), len(group) * self.channels)
+    def in_fixed(self, full: Tensor, conv: Conv) -> Tensor:
+        return conv.part(full).narrow(1, self.offset(conv.group), len(conv.group) * self.channels)
+
+    def unit_masks(self, conv: Conv) -> Tensor | None:
+        """[n, size], whether each unit of a conv lives in each of its samples; None: they all do."""
+        parts = [self.segments[i] for i in conv.segments]
+        if not self.counted or all(s.mask is None for s in parts):
+            return None
+        masks = [
+            torch.stack([s.mask[unit.end, unit.column] for unit in conv.group])
+            if s.mask is not None
+            else torch.ones(len(conv.group), s.size, dtype=torch.bool, device=self.device)
+            for s in parts
+        ]
+        return masks[0] if len(masks) == 1 else torch.cat(masks, 1)
 
 
 def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: Rows) -> Tensor:
@@ -178,7 +217,7 @@ def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ..
     full = full if full.numel() else torch.empty_like(weight)
     units = weight.shape[0] // rows.channels
     written = [False] * units
-    for group, dweight in parts:
+    for group, dweight in sorted(parts, key=lambda part: -len(part[0])):  # wide ones first: the others add to them
         offset = rows.offset(group)
         target, first = full[offset : offset + dweight.shape[0]], offset // rows.channels
         if written[first]:
@@ -192,33 +231,52 @@ def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ..
     return full
 
 
-def statistics(
-    launch: Any,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    y: Tensor,
-    segment: Segment,
-    group: tuple[Unit, ...],
-    rows: Rows,
-    ys: dict[int, Tensor],
-    seen: set[int],
-) -> None:
-    """Statistics of a conv's output: its channels at once, or per unit over live samples; merged over segments."""
-    first, last = group[0].id, group[-1].id + 1
-    into = [mean[first:last], var[first:last], count[first:last]]
-    again = first in seen
-    out = [torch.empty_like(t) for t in into] if again else into
-    if rows.counted and segment.per_sample:
-        launch.channel_stats(*out, [ys[u.id] for u in group], segment.unit_mask(group), True)
-    else:
-        one = count.new_empty(1)
-        launch.channel_stats(out[0].view(1, -1), out[1].view(1, -1), one, [y], None, True)
-        if rows.counted:
-            out[2].copy_(one.expand(last - first))
-    if again:
-        _merge(*into, *out)
-    seen.update(u.id for u in group)
+class Layers:
+    """Vectors per unit, added over segments: what is first seen of a unit is in the first layer, its next part in the
+    next one. ``at(units)`` names the layer of a group all of whose units move on together."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+
+    def at(self, units: tuple[Unit, ...]) -> int:
+        layer = max(self.seen.get(u.id, 0) for u in units)
+        self.seen |= {u.id: layer + 1 for u in units}
+        return layer
+
+    def further(self) -> range:
+        """The layers beyond the first one."""
+        return range(1, max(self.seen.values(), default=1))
+
+
+class Statistics:
+    """Mean, biased variance and number of live values per unit, layer by layer, merged row by row."""
+
+    def __init__(self, launch: Any, rows: Rows, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        self.launch, self.rows = launch, rows
+        self.layers = [(mean, var, count)]
+        self.row = Layers()
+
+    def take(self, y: Tensor, conv: Conv) -> None:
+        """Of a conv's output: its channels at once, or per unit over live samples."""
+        layer, first, n = self.row.at(conv.group), conv.group[0].id, len(conv.group)
+        if layer == len(self.layers):
+            self.layers.append(tuple(torch.zeros_like(t) for t in self.layers[0]))  # type: ignore[arg-type]
+        mean, var, count = (t[first : first + n] for t in self.layers[layer])
+        mask = self.rows.unit_masks(conv)
+        if mask is not None:
+            k = self.rows.channels
+            branches = [y if n == 1 else y.narrow(1, i * k, k) for i in range(n)]
+            self.launch.channel_stats(mean, var, count, branches, mask, True)
+            return
+        self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), count[:1], [y], None, True)
+        if n > 1:
+            count.fill_(y.shape[0] * y.shape[2] * y.shape[3])
+
+    def finish_row(self, units: tuple[Unit, ...]) -> None:
+        for layer in self.row.further():
+            here = slice(units[0].id, units[-1].id + 1)
+            _merge(*(t[here] for t in self.layers[0]), *(t[here] for t in self.layers[layer]))
+        self.row = Layers()
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:

@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
 
 import fractal_kernels as fk
+from fractal_kernels import block_rows
 from fractal_kernels.block import fractal_block
 from fractal_kernels.schedule import plan
+
+
+@pytest.fixture(autouse=True)
+def ranges_in_small_batches(monkeypatch):
+    """The tests' batches are too small for ranges of columns to pay."""
+    monkeypatch.setattr(block_rows, "RANGES_PAY", 1)
 
 
 def brute_force(block, x, keep, training=True):
@@ -160,6 +167,17 @@ def test_a_range_runs_its_column_only(monkeypatch):
     assert sum(rows) == 3 * 7 * (4 + 6) and ran == (7 + 2 * 2) * (4 + 6)
 
 
+def test_small_batches_stay_whole(monkeypatch):
+    """By the measured rule: the same batch in one convolution per row, or in ranges."""
+    monkeypatch.undo()
+    keep = torch.stack([full_path(1, 3).keep, column_path(1, 3, 1).keep], dim=-1)[0].repeat_interleave(8, -1)
+    sizes = {}
+    for side in (8, 64):
+        found = block_rows.segments(3, keep, False, True, torch.empty(16, 3, side, side), 16)
+        sizes[side] = [s.size for s in found]
+    assert sizes == {8: [16], 64: [8, 8]}
+
+
 def test_statistics_of_samples_that_do_not_live():
     """NaN in samples that keep another column reaches nothing: neither statistics nor the other samples."""
     net = make_net(2, 0, granularity="sample")
@@ -174,8 +192,6 @@ def test_statistics_of_samples_that_do_not_live():
 
 def test_split_convs_equal_wide(monkeypatch):
     """The rule that chooses between one wide conv and one per column does not change results."""
-    from fractal_kernels import block_rows
-
     net = make_net(3, 0)
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     results = []

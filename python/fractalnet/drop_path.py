@@ -153,7 +153,8 @@ def sample_path(
         blocks, columns: B and C. batch_size: N.
         local_drop: probability of dropping an input of a join.
         global_ratio: share of global paths: of batches, or of the samples of every batch (its last ones, column by
-            column: a batch is in random order, and neighbours that keep one column run nothing else).
+            column: a batch is in random order, and neighbours that keep one column run nothing else; the deepest one
+            first, beside the samples that run everything, so that most of its convolutions are one for both).
         granularity: "batch" or "sample".
         mixture: "random", or "alternating": whole batches are global or local in turn, by ``step``.
         generator: a CPU generator; the same state gives the same path.
@@ -176,7 +177,7 @@ def sample_path(
     keep = _local(blocks, columns, local_drop, batch_size, generator)
     alone = round(global_ratio * batch_size)
     if alone:
-        chosen = torch.randint(columns, (alone,), generator=generator, device="cpu").sort().values
+        chosen = torch.randint(columns, (alone,), generator=generator, device="cpu").sort(descending=True).values
         only = torch.arange(columns, device="cpu").unsqueeze(1) == chosen
         keep[..., batch_size - alone :] = _ends(columns).unsqueeze(-1) & only
     return Path(keep)
