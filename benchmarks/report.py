@@ -56,7 +56,7 @@ def notes(row: dict[str, Any]) -> str:
     if "times_of_shallower" in extra:
         texts.append(
             f"{number(extra['times_of_shallower'])} times C = 5, {number(extra['saved_of_shallower'])} times its saved "
-            f"bytes; paths and live sets: {100 * extra['host_share']:.1f} % of the step"
+            f"bytes; paths and live sets: {100 * extra['host_share']:.2f} % of the step"
         )
     if "share_of_eager" in extra:
         texts.append(
