@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from fractal_kernels.schedule import MAX_COLUMNS
 from . import drop_path
 from .composed import ComposedBlock
 from .drop_path import Path
+from .early_exit import EarlyExit, early_exit
 from .fused import ACTIVATIONS, FractalBlock
 from .layers import STEM_CHANNELS, check, check_network, is_number, is_whole, plain_stem, resnet_stem
+from .recalibrate import recalibrate
 
 __all__ = ["FractalBlock", "FractalNet"]
 
@@ -222,6 +224,14 @@ class FractalNet(nn.Module):
         """
         for column in range(self.columns):
             yield column, self.depth(column), self(x, column=column)
+
+    def early_exit(self, x: Tensor, confidence: float = 0.9) -> EarlyExit:
+        """Every sample's answer by its first sure column: :func:`fractalnet.early_exit.early_exit`."""
+        return early_exit(self, x, confidence)
+
+    def recalibrate(self, loader: Iterable[Tensor | Sequence[Tensor]], column: int | None = None) -> FractalNet:
+        """Running statistics taken anew from batches: :func:`fractalnet.recalibrate.recalibrate`."""
+        return recalibrate(self, loader, column)
 
 
 def _check(argument: str, holds: bool, expected: str, got: object) -> None:
