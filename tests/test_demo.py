@@ -200,7 +200,7 @@ def test_interrupted_writing(tmp_path, monkeypatch, function, call):
         (["train", "digits", "--epochs", "0"], ["--epochs", ">= 1", "'0'"]),
         (["train", "digits", "--batch-size", "many"], ["--batch-size", ">= 1", "'many'"]),
         (["train"], ["RECIPE"]),
-        (["study"], ["'study'", "train", "eval", "anytime"]),
+        (["paint"], ["'paint'", "train", "eval", "anytime", "study"]),
         (["eval"], ["--checkpoint"]),
         (["eval", "--checkpoint", "nowhere/model.pt"], ["nowhere/model.pt", "no such file"]),
     ],

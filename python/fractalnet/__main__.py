@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import data, evaluate, export, train
+from fractal_kernels.schedule import MAX_COLUMNS
+
+from . import anytime, data, evaluate, export, plots, probes, study, train
 from .data import UserError
 from .model import FractalNet
 
@@ -59,6 +62,84 @@ def run_anytime(arguments: argparse.Namespace) -> None:
     model, content = evaluate.unpack(arguments.checkpoint)
     split = data.load(content["recipe"]["data"])
     print(evaluate.anytime_table(evaluate.anytime(model, split.test_x, split.test_y), len(split.test_y)))
+    with data.folder_for(arguments.out) if arguments.out else contextlib.nullcontext():
+        rows = anytime.measure(model, split.test_x, split.test_y)
+        print(f"\n{anytime.table(rows, len(split.test_y))}")
+        if arguments.out:
+            data.require("matplotlib")
+            found = {"images": len(split.test_y), **study.machine(), "rows": rows}
+            data.write(arguments.out, {"anytime.json": study.as_json(found), "anytime.png": plots.early_exit(rows)})
+
+
+def run_depth(arguments: argparse.Namespace) -> None:
+    given = (arguments.columns, arguments.epochs, arguments.seeds, arguments.lr, arguments.kinds)
+    study.depth(*given, arguments.out or Path("runs/depth"))
+
+
+def run_statistics(arguments: argparse.Namespace) -> None:
+    study.statistics(arguments.epochs, arguments.seeds, arguments.out or Path("runs/statistics"))
+
+
+def run_probes(arguments: argparse.Namespace) -> None:
+    probes.run(arguments.checkpoint, arguments.out or Path("runs/probes"))
+
+
+def listed(parse: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
+    """One or more of these, with commas between them, each once."""
+
+    def parse_all(text: str) -> tuple[object, ...]:
+        return tuple(dict.fromkeys(parse(part) for part in text.split(",")))
+
+    return parse_all
+
+
+def count(text: str) -> int:
+    value = whole(1)(text)
+    if value > MAX_COLUMNS:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1 to {MAX_COLUMNS}, got {text!r}")
+    return value
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
+
+
+def kind(text: str) -> str:
+    if text not in study.KINDS:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(study.KINDS)}, got {text!r}")
+    return text
+
+
+def add_studies(commands: argparse._SubParsersAction) -> None:
+    top = commands.add_parser("study", help="properties of the paper on real data: depth, probes, statistics")
+    top.set_defaults(parser=top)
+    studies = top.add_subparsers(dest="study", required=True, metavar="STUDY", parser_class=Parser)
+    out = {"type": Path, "metavar": "DIR"}
+    seeds = {"type": listed(whole(0)), "metavar": "S,S", "help": "of weights, batches and paths (default: 0)"}
+    command = studies.add_parser("depth", help="plain and fractal networks of growing depth, trained alike")
+    command.add_argument("--columns", type=listed(count), metavar="C,C", default=tuple(range(1, 7)))
+    kinds = f"some of {', '.join(study.KINDS)} (default: {','.join(study.DEFAULT_KINDS)})"
+    command.add_argument("--kinds", type=listed(kind), metavar="K,K", default=study.DEFAULT_KINDS, help=kinds)
+    command.add_argument("--epochs", type=whole(1), metavar="N", default=study.EPOCHS)
+    command.add_argument("--lr", type=positive, metavar="X", default=study.LR)
+    command.add_argument("--seeds", default=(0,), **seeds)
+    command.add_argument("--out", help="where the results go (default: runs/depth)", **out)
+    command.set_defaults(run=run_depth, parser=command)
+    command = studies.add_parser("statistics", help="the demo's network with one set of running statistics and two")
+    command.add_argument("--epochs", type=whole(1), metavar="N", default=20)
+    command.add_argument("--seeds", default=(0, 1, 2), **seeds | {"help": "(default: 0,1,2)"})
+    command.add_argument("--out", help="where the results go (default: runs/statistics)", **out)
+    command.set_defaults(run=run_statistics, parser=command)
+    command = studies.add_parser("probes", help="linear classifiers on the features of every depth of a checkpoint")
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+    command.add_argument("--out", help="where the results go (default: runs/probes)", **out)
+    command.set_defaults(run=run_probes, parser=command)
 
 
 def for_export(arguments: argparse.Namespace) -> FractalNet:
@@ -109,6 +190,10 @@ def parser() -> Parser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+        if name == "anytime":
+            command.add_argument(
+                "--out", type=Path, metavar="DIR", help="where its JSON and plot go (default: nowhere)"
+            )
         command.set_defaults(run=run, parser=command)
     for name, run, text in (
         ("extract", run_extract, "writes one column as a plain network: weights and layers in a safetensors file"),
@@ -123,6 +208,7 @@ def parser() -> Parser:
         command.set_defaults(run=run, parser=command)
         if name == "extract":
             command.add_argument("--fold", action="store_true", help="fold batch norms into the convolutions")
+    add_studies(commands)
     return top
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,11 @@ from fractal_kernels.schedule import MAX_COLUMNS
 from . import drop_path, export
 from .composed import ComposedBlock
 from .drop_path import Path
+from .early_exit import EarlyExit, early_exit
 from .fused import ACTIVATIONS, FractalBlock
 from .interchange import Hub
 from .layers import STEM_CHANNELS, check, check_network, is_number, is_whole, plain_stem, resnet_stem
+from .recalibrate import recalibrate
 
 __all__ = ["FractalBlock", "FractalNet"]
 
@@ -276,6 +278,14 @@ class FractalNet(nn.Module, Hub):
         for column in range(self.columns):
             path = drop_path.column_path(len(self.blocks), self.columns, column)
             yield column, self.depth(column), self._logits(x, path)
+
+    def early_exit(self, x: Tensor, confidence: float = 0.9) -> EarlyExit:
+        """Every sample's answer by its first sure column: :func:`fractalnet.early_exit.early_exit`."""
+        return early_exit(self, x, confidence)
+
+    def recalibrate(self, loader: Iterable[Tensor | Sequence[Tensor]], column: int | None = None) -> FractalNet:
+        """Running statistics taken anew from batches: :func:`fractalnet.recalibrate.recalibrate`."""
+        return recalibrate(self, loader, column)
 
 
 def _check(argument: str, holds: bool, expected: str, got: object) -> None:

@@ -1,4 +1,4 @@
-"""The demo's plots, as PNG bytes. Drawn without pyplot: no window, no global state."""
+"""The plots of the demo and the studies, as PNG bytes. Drawn without pyplot: no window, no global state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["accuracies", "losses", "steps"]
+__all__ = ["accuracies", "columns", "depth", "early_exit", "losses", "probes", "steps"]
 
 FULL = "#1b1b1b"
 FUSED, EAGER = "#0072b2", "#c8c8c8"
@@ -123,4 +123,128 @@ def steps(measured: dict[str, Any]) -> bytes:
     drawn.supxlabel(
         f"batch of {measured['batch_size']}; time: drop-path mixture{turn}; memory: nothing dropped", fontsize=9
     )
+    return png(drawn)
+
+
+# --- studies ---------------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": ("#d55e00", "plain network"),
+    "whole": (FUSED, "fractal, nothing dropped"),
+    "local": ("#009e73", "fractal, local drop-path"),
+    "mixture": (FULL, "fractal, drop-path mixture"),
+}
+
+
+def averaged(runs: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Epochs, and the geometric mean over the seeds of a loss at each of them."""
+    epochs = [h["epoch"] for h in runs[0]["history"]]
+    seeds = [[h["losses"][name] for h in run["history"]] for run in runs]
+    return epochs, [math.exp(sum(map(math.log, values)) / len(values)) for values in zip(*seeds, strict=True)]
+
+
+def loss_axis(ax: Any) -> None:
+    """From chance (log of 10 classes, marked) down; what is worse than twice that is not worth the room."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_ylim(top=2 * math.log(10))
+    ax.axhline(math.log(10), color="#999999", linewidth=0.8, linestyle=(0, (4, 4)))
+    ax.set_xlabel("epoch")
+
+
+def columns(runs: Sequence[dict[str, Any]]) -> bytes:
+    """Training loss over time of every column of a network trained with drop-path, and of the plain network of equal
+    depth: the paper's figure 3. One panel for each of the largest numbers of columns, four at most."""
+    counts = sorted({run["columns"] for run in runs})[-4:]
+    drawn, axes = figure(2.6 + 2.6 * len(counts), 4, panels=len(counts))
+    colours = column_colours(counts[-1])
+    for ax, count in zip(axes, counts, strict=True):
+        of = {kind: [run for run in runs if (run["columns"], run["kind"]) == (count, kind)] for kind in KINDS}
+        lines = [("mixture", f"column {c}", {"color": colours[c], "linewidth": 1.4}) for c in range(count)]
+        lines += [
+            ("mixture", "full", {"color": FULL, "linewidth": 2.2, "label": "full network, drop-path mixture"}),
+            ("whole", "full", {"color": FUSED, "linestyle": ":", "label": "full network, nothing dropped"}),
+            ("plain", "plain", {"color": KINDS["plain"][0], "linestyle": "--", "label": "plain network"}),
+        ]
+        for kind, name, style in lines:
+            if of[kind]:
+                ax.plot(*averaged(of[kind], name), **({"label": f"{name} alone"} | style))
+        loss_axis(ax)
+        ax.set_title(
+            f"C = {count}: {next(run['depth'] for run in runs if run['columns'] == count)} layers", fontsize=11
+        )
+    axes[0].set_ylabel("training loss (cross-entropy, nats)")
+    labels = dict(zip(*reversed(axes[-1].get_legend_handles_labels()), strict=True))
+    drawn.legend(labels.values(), labels, frameon=False, loc="outside lower center", ncols=5, fontsize=9)
+    return png(drawn)
+
+
+def depth(runs: Sequence[dict[str, Any]]) -> bytes:
+    """Training loss after the last epoch, and hold-out error, against depth; dots are the seeds."""
+    drawn, axes = figure(9, 4, panels=2)
+    drawn_kinds = [kind for kind in KINDS if any(run["kind"] == kind for run in runs)]
+    lines = [(kind, "plain" if kind == "plain" else "full", *KINDS[kind]) for kind in drawn_kinds]
+    if "mixture" in drawn_kinds:
+        lines.append(("mixture", None, "#999999", "its deepest column alone"))
+    panels = (
+        (axes[0], "training loss (cross-entropy, nats)", lambda run, name: run["history"][-1]["losses"][name]),
+        (axes[1], "hold-out error (%)", lambda run, name: 100 * (1 - run["holdout"][name]["accuracy"])),
+    )
+    for ax, label, value in panels:
+        for kind, name, colour, words in lines:
+            points: dict[int, list[float]] = {}
+            for run in (run for run in runs if run["kind"] == kind):
+                of = name or f"column {run['columns'] - 1}"
+                points.setdefault(run["depth"], []).append(value(run, of))
+            ax.plot(list(points), [sum(v) / len(v) for v in points.values()], color=colour, label=words)
+            for at, values in points.items():
+                ax.plot([at] * len(values), values, "o", color=colour, markersize=3)
+        depths = sorted({run["depth"] for run in runs})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(depths, [str(d) for d in depths])
+        ax.minorticks_off()
+        ax.set_xlabel("depth (convolutions)")
+        ax.set_ylabel(label)
+    axes[0].axhline(math.log(10), color="#999999", linewidth=0.8, linestyle=(0, (4, 4)))
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    drawn.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    return png(drawn)
+
+
+def early_exit(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Accuracy against time: each column alone, the full network, and early exit from the least confidence to the
+    highest."""
+    drawn, (ax,) = figure(6, 4.2)
+    alone = [row for row in rows if row["name"].startswith("column")]
+    exits = [row for row in rows if row["confidence"] is not None]
+    full = next(row for row in rows if row["name"] == "full")
+    for part, colour, label, style in (
+        (alone, FUSED, "each column alone", "o-"),
+        (exits, "#d55e00", "early exit, by confidence", "s-"),
+        ([full], FULL, "full network", "D"),
+    ):
+        times, shares = [row["ms"] for row in part], [100 * row["accuracy"] for row in part]
+        ax.plot(times, shares, style, color=colour, label=label, markersize=5, linewidth=1.3)
+    for row in (exits[0], exits[-1]):
+        ax.annotate(f"{row['confidence']:g}", (row["ms"], 100 * row["accuracy"]), (5, -12), textcoords="offset points")
+    ax.margins(y=0.12)
+    ax.set_xlabel("time for the whole hold-out (ms)")
+    ax.set_ylabel("hold-out accuracy (%)")
+    ax.legend(frameon=False)
+    return png(drawn)
+
+
+def probes(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Hold-out accuracy of linear probes against depth, on the joins and on each column alone."""
+    drawn, (ax,) = figure(7, 4.2)
+    places = list(dict.fromkeys(row["where"] for row in rows))
+    colours = [FULL, *column_colours(len(places) - 1)]
+    for place, colour in zip(places, colours, strict=True):
+        points = [(row["depth"], 100 * row["accuracy"]) for row in rows if row["where"] == place]
+        label = "joins of the full network" if place == "join" else f"{place} alone"
+        ax.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=4, linewidth=1.3)
+    ax.set_xlabel("depth (convolutions)")
+    ax.set_ylabel("hold-out accuracy of a linear probe (%)")
+    ax.legend(frameon=False)
     return png(drawn)

@@ -1,0 +1,124 @@
+"""Linear classifier probes: how linearly separable the classes are after every join and after every step of a column.
+
+Source: Alain and Bengio 2016 (arXiv:1610.01644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import data, drop_path, evaluate, plots, study
+from .data import Split
+from .fused import ACTIVATIONS, Block
+from .model import FractalNet
+
+__all__ = ["features", "joins", "measure", "run", "table"]
+
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _steps(layers: Sequence[nn.Module]) -> list[nn.Sequential]:
+    """A column's layers unit by unit: each begins with its 3x3 convolution."""
+    starts = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts, [*starts[1:], len(layers)], strict=True)]
+
+
+@torch.no_grad()
+def joins(block: Block, x: Tensor) -> list[Tensor]:
+    """Every join of a block in evaluation, nothing dropped, row by row; the last one is pooled: the block's output.
+
+    A fused block keeps its joins to itself, so they are computed from its columns' own layers.
+    """
+    columns = [_steps(block.column_layers(c, set=0)) for c in range(block.columns)]
+    for steps in columns:
+        for step in steps:
+            step.to(x.device, x.dtype).eval()
+        if block.pool == "after":
+            steps[-1] = nn.Sequential(*(m for m in steps[-1] if not isinstance(m, POOLS)))
+    found: list[Tensor] = []
+    branches: dict[int, Tensor] = {}
+    for starts, ends in zip(block.schedule.starts, block.schedule.ends, strict=True):
+        for unit in starts:
+            branches[unit.id] = columns[unit.column][unit.step](x)
+        x = torch.stack([branches.pop(unit.id) for unit in ends]).mean(0)
+        found.append(x)
+    if block.pool == "after":
+        found[-1] = F.max_pool2d(x, 2)
+    return found
+
+
+@torch.no_grad()
+def features(model: FractalNet, x: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """(where, depth, features [N, K]) of every join of the full network, then of every step of each column alone.
+
+    Features are averaged over the pixels, and the last ones of a block are pooled first. A join's depth is that of the
+    longest path to it. Everything is detached and in evaluation.
+    """
+    model.eval()
+    path = drop_path.full_path(len(model.blocks), model.columns)
+    z, depth = model.stem(x), model.depth() - len(model.blocks) * model.blocks[0].schedule.rows  # 1 with a stem
+    for block, rows in zip(model.blocks, path.keep.unbind(), strict=True):
+        for joined in joins(block, z):
+            depth += 1
+            yield "join", depth, joined.mean((2, 3))
+        z = block(z, rows, path.alone)
+    for column in range(model.columns):
+        z, depth, last = x, 0, None
+        for layer in model.extract_column(column):
+            if last is not None and not isinstance(layer, POOLS):  # a pool belongs to the step before it
+                yield f"column {column}", depth, last.mean((2, 3))
+                last = None
+            z = layer(z)
+            if isinstance(layer, tuple(ACTIVATIONS.values())):
+                depth += 1
+            if isinstance(layer, (*ACTIVATIONS.values(), *POOLS)):
+                last = z
+
+
+def measure(model: FractalNet, split: Split) -> list[dict[str, Any]]:
+    """Hold-out accuracy of a logistic regression on each of the standardised :func:`features`, trained on the training
+    images: ``where``, ``depth``, ``features`` (K), ``accuracy``."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rows = []
+    train = features(model, split.train_x)
+    for (where, depth, known), (_, _, new) in zip(train, features(model, split.test_x), strict=True):
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probe.fit(known.numpy(), split.train_y.numpy())
+        accuracy = float(probe.score(new.numpy(), split.test_y.numpy()))
+        rows.append({"where": where, "depth": depth, "features": known.shape[1], "accuracy": accuracy})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """What `measure` found, to be read: a line per depth."""
+    places = list(dict.fromkeys(row["where"] for row in rows))
+    found = {(row["where"], row["depth"]): row["accuracy"] for row in rows}
+    head = ["depth (convs)", *("joins of the full network" if p == "join" else f"{p} alone" for p in places)]
+    lines = [
+        [str(depth), *(f"{found[place, depth]:.2%}" if (place, depth) in found else "" for place in places)]
+        for depth in sorted({row["depth"] for row in rows})
+    ]
+    return evaluate.grid([head, *lines])
+
+
+def run(checkpoint: Path, out: Path) -> list[dict[str, Any]]:
+    """Probes a checkpoint, prints and writes: what `python -m fractalnet study probes` does."""
+    data.require("sklearn", "matplotlib")
+    model, content = evaluate.unpack(checkpoint)
+    with data.folder_for(out):
+        split = data.load(content["recipe"]["data"])
+        rows = measure(model, split)
+        found = {"recipe": content["recipe"], "seed": content["seed"], **study.machine(), "data": split.describe()}
+        files = {"probes.json": study.as_json(found | {"rows": rows}), "probes.png": plots.probes(rows)}
+        data.write(out, files)
+        print(f"{table(rows)}\n\nwrote {', '.join(files)} to {out}")
+    return rows

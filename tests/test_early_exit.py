@@ -1,0 +1,122 @@
+"""Early exit against its definition: every column on everything, the first sure one chosen."""
+
+import json
+
+import pytest
+import torch
+from fractalnet import FractalNet
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("yaml")
+
+from fractalnet import anytime, data, evaluate  # noqa: E402
+from fractalnet.__main__ import main  # noqa: E402
+
+OPTIONS = {"fused": {}, "composed": {"activation": "silu"}, "stem": {"stem": "resnet"}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(same_start):
+    """Networks this small gain nothing from a second."""
+    torch.set_num_threads(1)
+
+
+def network(**options):
+    """Logits wide enough for every confidence to split the batch."""
+    size = 20 if options.get("stem") else 8
+    net = FractalNet(4, 3, (4, 6), image_size=size, **options).double()
+    for _ in range(4):
+        net(torch.randn(8, 3, size, size, dtype=torch.float64))
+    x = torch.randn(24, 3, size, size, dtype=torch.float64)
+    for column in range(3):
+        net.recalibrate([x], column)
+    with torch.no_grad():
+        net.head.weight.mul_(4)
+    return net.eval(), x
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_against_the_definition(name):
+    net, x = network(**OPTIONS[name])
+    every = torch.stack([net(x, column=c) for c in range(3)])
+    chosen = set()
+    for confidence in (0.0, 0.5, 0.7, 0.9, 1.0):
+        column = torch.full((len(x),), 2)
+        for c in (1, 0):
+            column[every[c].softmax(1).amax(1) >= confidence] = c
+        result = net.early_exit(x, confidence)
+        assert torch.equal(result.column, column)
+        torch.testing.assert_close(result.logits, every[column, torch.arange(len(x))], rtol=1e-12, atol=1e-12)
+        assert not result.logits.requires_grad
+        chosen.add(tuple(column.bincount(minlength=3).tolist()))
+    assert (24, 0, 0) in chosen and any(min(counts) > 0 for counts in chosen)  # the cases differ
+
+
+def test_only_what_is_left_is_computed():
+    net, x = network(stem="resnet")
+    seen, stems = [], []
+    net.head.register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
+    net.stem.register_forward_pre_hook(lambda m, inputs: stems.append(len(inputs[0])))
+    result = net.early_exit(x, 0.7)
+    counts = result.column.bincount(minlength=3).tolist()
+    assert min(counts) > 0
+    assert seen == [24, 24 - counts[0], counts[2]] and stems == [24]
+    seen.clear()
+    net.early_exit(x, 0.0)
+    assert seen == [24]  # nothing is left for the others
+
+
+def test_empty_batch():
+    net, x = network()
+    logits, column = net.early_exit(x[:0])
+    assert logits.shape == (0, 4) and column.shape == (0,) and column.dtype == torch.int64
+
+
+def test_errors():
+    net, x = network()
+    for confidence in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"early_exit: expected confidence in \[0, 1\], got"):
+            net.early_exit(x, confidence)
+    with pytest.raises(ValueError, match="early_exit: expected a model in evaluation mode"):
+        net.train().early_exit(x)
+
+
+def test_half_precision():
+    """A probability that bfloat16 would round to 1 does not count as sure."""
+    net, x = network()
+    net, x = net.bfloat16(), x.bfloat16()
+    logits = torch.cat([net(x, column=0)])
+    result = net.early_exit(x, 1.0)
+    sure = logits.float().softmax(1).amax(1) >= 1
+    assert torch.equal(result.column == 0, sure) and result.logits.dtype == torch.bfloat16
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "PASSES", 1)
+    torch.set_num_threads(1)
+    split, recipe = data.load("digits"), data.load_recipe("digits")
+    config = {"num_classes": 10, "columns": 2, "channels": (4, 6), "in_channels": 1, "image_size": 8}
+    model = FractalNet(**config)
+    model.recalibrate([split.train_x[:200]]).recalibrate([split.train_x[:200]], 0)
+    (tmp_path / "model.pt").write_bytes(evaluate.pack(model, config, recipe, 0))
+    out = tmp_path / "new" / "anytime"
+    assert main(["anytime", "--checkpoint", str(tmp_path / "model.pt"), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert {f.name for f in out.iterdir()} == {"anytime.json", "anytime.png"}
+    assert (out / "anytime.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["name"]: row for row in json.loads((out / "anytime.json").read_text())["rows"]}
+    assert set(rows) == {"full", "column 0", "column 1", *(f"confidence {p:g}" for p in anytime.CONFIDENCES)}
+    model.eval()
+    for name, row in rows.items():
+        if row["confidence"] is None:
+            logits = model(split.test_x, column=row["column"])
+        else:
+            logits, column = model.early_exit(split.test_x, row["confidence"])
+            assert row["shares"] == pytest.approx((column.bincount(minlength=2) / 360).tolist())
+        accuracy = (logits.argmax(1) == split.test_y).float().mean().item()
+        assert row["accuracy"] == pytest.approx(accuracy) and row["ms"] > 0, name
+        assert f"{accuracy:.2%}" in printed
+    assert main(["anytime", "--checkpoint", str(tmp_path / "none.pt"), "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
