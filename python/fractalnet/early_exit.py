@@ -58,7 +58,8 @@ def early_exit(model: FractalNet, x: Tensor, confidence: float = 0.9) -> EarlyEx
     answered = torch.empty(len(x), dtype=torch.int64, device=x.device)
     left = torch.arange(len(x), device=x.device)
     for column in range(model.columns):
-        out = _column(model, z, column)
+        path = drop_path.column_path(len(model.blocks), model.columns, column)
+        out = model._logits(z, path)
         if column == 0:
             logits = torch.empty_like(out)
         wide = torch.promote_types(out.dtype, torch.float32)  # a rounded probability may look surer than it is
@@ -70,11 +71,3 @@ def early_exit(model: FractalNet, x: Tensor, confidence: float = 0.9) -> EarlyEx
         if not len(left):
             break
     return EarlyExit(logits, answered)
-
-
-def _column(model: FractalNet, z: Tensor, column: int) -> Tensor:
-    """Logits of one column alone, from what the stem gave."""
-    path = drop_path.column_path(len(model.blocks), model.columns, column)
-    for block, rows in zip(model.blocks, path.keep.unbind(), strict=True):
-        z = block(z, rows, path.alone)
-    return model.head(z.mean((2, 3)))
