@@ -95,7 +95,7 @@ def test_mean_join_forward(compare: Callable[..., None], dtype: torch.dtype, kin
     moved = tensors_moved * inputs[0].numel() * inputs[0].element_size()
     source = torch.randn(int(tensors_moved / 2 * inputs[0].numel())).to(dtype)
     target, out = torch.empty_like(source), torch.empty_like(inputs[0])
-    launch = launcher(resolve("bench", None, "cpu", dtype)).join_forward
+    launch = launcher(resolve("bench", None, torch.device("cpu"), dtype)).join_forward
 
     with torch.no_grad():
         expected = [eager_mean_join([x.float() for x in inputs], mask)]
