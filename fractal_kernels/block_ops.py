@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends, tiny_conv
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
-from .library import _LIB, Flags, accumulate_dtype, empty, pooled, to_layout
+from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
 from .schedule import plan, schedule
 
 _aten = torch.ops.aten
@@ -111,10 +111,9 @@ def _block_forward(
             if save and rows.keeps_join(row):
                 joins.append(target)
             source = target
-    if path.dim() == 2 and dense:  # what is dead ran too, and its statistics are of no use
-        alive = plan(rows.columns, tuple(path.flatten().tolist())).units
-        for unit in set(range(units)).difference(alive):
-            count[unit].zero_()
+    if training:
+        alive = plan(rows.columns, tuple(path.flatten().tolist())).units if path.dim() == 2 else range(units)
+        stats.finish(alive, x.shape[0] * x.shape[2] * x.shape[3])
     if not training:
         mean, var = x.new_empty(0), x.new_empty(0)
     return [source, count, mean, var, *joins, *kept]
@@ -158,13 +157,10 @@ def _block_backward(
             rows.spread(y, conv, ys)
             rows.spread(dy, conv, dys)
     order = [u.id for units_here in rows.slots for u in units_here]
-    several = len(rows.segments) > 1
-    make = x.new_zeros if several else x.new_empty
-    sums = [make((2, len(order), channels), dtype=mean.dtype)]
-    if rows.counted and batch_stats:
-        counts = torch.stack([count[u] for u in order])
-    else:
-        counts = x.new_full((len(order),), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
+    make = x.new_zeros if rows.several else x.new_empty
+    sums = [make((2, len(order), channels), dtype=mean.dtype).unbind()]
+    everywhere = x.new_full((MAX_BRANCHES,), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
+    counts = torch.stack([count[u] for u in order]) if rows.counted and batch_stats else None
     dweights: list[Tensor] = [x.new_empty(0)] * rows.rows
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
     position, ds = len(order), [segment.part(grad) for segment in rows.segments]
@@ -175,20 +171,23 @@ def _block_backward(
         for i, segment, joined in rows.joins(row):
             layer = layers.at(joined)
             if layer == len(sums):
-                sums.append(torch.zeros_like(sums[0]))
-            at = position + (joined[0].column - rows.slots[row][0].column if several else 0)
+                sums.append((torch.zeros_like(sums[0][0]), torch.zeros_like(sums[0][1])))
+            at = position + (joined[0].column - rows.slots[row][0].column if rows.several else 0)
             here = slice(at, at + len(joined))
             norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
             g, branches = to_layout(ds[i], True), [ys[i].pop(u.id) for u in joined]
+            out = [s[here] for s in sums[layer]]
             if batch_stats or gamma is not None:
-                out = sums[layer][0, here], sums[layer][1, here]
                 launch.join_backward_reduce(*out, g, branches, mask, *norm, eps, code, True)
-            calls.append((i, joined, here, (g, branches, mask, *norm)))
+            if layer:
+                out = [s[here] for s in sums[0]]
+            live = everywhere if counts is None else counts[here]
+            calls.append((i, joined, (g, branches, mask, *norm), [*out, live] if batch_stats else []))
         for layer in layers.further():
-            sums[0][:, position:end] += sums[layer][:, position:end]
-        for i, joined, here, arguments in calls:
+            for s, further in zip(sums[0], sums[layer], strict=True):
+                s[position:end] += further[position:end]
+        for i, joined, arguments, stats in calls:
             targets = [dys[i].pop(u.id) for u in joined]
-            stats = [sums[0][0, here], sums[0][1, here], counts[here]] if batch_stats else []
             launch.join_backward_apply(targets, *arguments, stats, eps, code, True)
         needs = row > 0 or needs_x
         totals: dict[int, Tensor] = {}
@@ -201,7 +200,7 @@ def _block_backward(
             if noise is not None:
                 dy = _aten.native_dropout_backward(dy, noise, 1.0 / (1.0 - dropout))
             if not conv_bias and tiny_conv.fits(source, weight):
-                if not dweights[row].numel() and not several:
+                if not dweights[row].numel() and not rows.several:
                     dweights[row] = torch.empty_like(weights[row])
                 there = dweights[row].numel() > 0
                 dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)

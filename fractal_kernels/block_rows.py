@@ -8,6 +8,7 @@ and statistics, and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -133,15 +134,16 @@ class Rows:
         # Whether a unit's number of live values depends on more than the batch, and if so, on what.
         self.counted = bool(flags & Flags.STATS_LIVE) and path.dim() == 3
         # Units, in the order of the joins that they end in: where their sums are in backward.
-        everywhere = len(self.segments) > 1
-        self.slots = [
-            s if everywhere else j for s, j in zip(self.schedule.ends, self.segments[0].plan.joins, strict=True)
-        ]
+        self.several = len(self.segments) > 1
+        self.slots = self.schedule.ends if self.several else self.segments[0].plan.joins
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
-        found: list[Conv] = []
         wide = wide_is_faster(weights[row].shape[1])
+        if not self.several:
+            units = self.segments[0].plan.live[row]
+            return [Conv(0, self.batch, group, (0,)) for group in (runs(units) if wide else [(u,) for u in units])]
+        found: list[Conv] = []
         for i, segment in enumerate(self.segments):
             units = segment.plan.live[row]
             for group in runs(units) if wide else [(unit,) for unit in units]:
@@ -179,7 +181,7 @@ class Rows:
     def spread(self, y: Tensor, conv: Conv, into: list[dict[int, Tensor]]) -> None:
         """A conv's output as the outputs of its units on its segments."""
         for i in conv.segments:
-            part = self.segments[i].part(y, conv.first)
+            part = self.segments[i].part(y, conv.first) if self.several else y
             for at, unit in enumerate(conv.group):
                 into[i][unit.id] = part if len(conv.group) == 1 else part.narrow(1, at * self.channels, self.channels)
 
@@ -199,7 +201,7 @@ class Rows:
     def unit_masks(self, conv: Conv) -> Tensor | None:
         """[n, size], whether each unit of a conv lives in each of its samples; None: they all do."""
         parts = [self.segments[i] for i in conv.segments]
-        if not self.counted or all(s.mask is None for s in parts):
+        if all(s.mask is None for s in parts):
             return None
         masks = [
             torch.stack([s.mask[unit.end, unit.column] for unit in conv.group])
@@ -255,28 +257,47 @@ class Statistics:
         self.launch, self.rows = launch, rows
         self.layers = [(mean, var, count)]
         self.row = Layers()
+        self.unread = count.new_empty(1)
 
     def take(self, y: Tensor, conv: Conv) -> None:
         """Of a conv's output: its channels at once, or per unit over live samples."""
-        layer, first, n = self.row.at(conv.group), conv.group[0].id, len(conv.group)
+        first, n = conv.group[0].id, len(conv.group)
+        if not self.rows.counted:
+            mean, var = (t[first : first + n].view(1, -1) for t in self.layers[0][:2])
+            self.launch.channel_stats(mean, var, self.unread, [y], None, True)
+            return
+        layer = self.row.at(conv.group)
         if layer == len(self.layers):
             self.layers.append(tuple(torch.zeros_like(t) for t in self.layers[0]))  # type: ignore[arg-type]
         mean, var, count = (t[first : first + n] for t in self.layers[layer])
         mask = self.rows.unit_masks(conv)
-        if mask is not None:
+        if mask is None:
+            self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), self.unread, [y], None, True)
+            count.fill_(y.shape[0] * y.shape[2] * y.shape[3])
+        else:
             k = self.rows.channels
             branches = [y if n == 1 else y.narrow(1, i * k, k) for i in range(n)]
             self.launch.channel_stats(mean, var, count, branches, mask, True)
-            return
-        self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), count[:1], [y], None, True)
-        if n > 1:
-            count.fill_(y.shape[0] * y.shape[2] * y.shape[3])
 
     def finish_row(self, units: tuple[Unit, ...]) -> None:
+        if not self.rows.several:
+            return
         for layer in self.row.further():
             here = slice(units[0].id, units[-1].id + 1)
             _merge(*(t[here] for t in self.layers[0]), *(t[here] for t in self.layers[layer]))
         self.row = Layers()
+
+    def finish(self, units: Sequence[int], values: int) -> None:
+        """The number of values of the units that live for the batch, where that is all there is to it."""
+        if self.rows.counted:
+            return
+        first = last = -1
+        for unit in (*units, -1):  # in ranges: an index tensor would be copied from the host
+            if unit != last or unit < 0:
+                if first >= 0:
+                    self.layers[0][2][first:last].fill_(values)
+                first = unit
+            last = unit + 1
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:
