@@ -272,7 +272,8 @@ def test_documented_tables_are_the_results():
     def found(name):
         return json.loads((results / f"{name}.json").read_text())
 
-    tables = [study.depth_table(found(f"{name}depth")["runs"]) for name in ("", "lr_0.005/", "lr_0.1/", "local/")]
+    folders = ("", "lr_0.005/", "lr_0.1/", "local/", "epochs_200/")
+    tables = [study.depth_table(found(f"{name}depth")["runs"]) for name in folders]
     tables += [study.statistics_table(found(name)["runs"]) for name in ("statistics", "epochs_60/statistics")]
     tables.append(probes.table(found("probes")["rows"]))
     tables.append(anytime.table(found("anytime")["rows"], found("anytime")["images"]))
