@@ -3,7 +3,7 @@
 from .backends import BackendUnavailable, available_backends, use_backend
 from .block import BlockOutput, fractal_block
 from .fuse import fuse
-from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin
+from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin, sync_batch_norm
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv_bn_relu
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
@@ -26,5 +26,6 @@ __all__ = [
     "fractal_block",
     "fuse",
     "masked_mean_join",
+    "sync_batch_norm",
     "use_backend",
 ]

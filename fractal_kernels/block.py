@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backends, checks
+from . import backends, checks, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .library import Flags, accumulate_dtype, to_layout
 from .schedule import schedule
@@ -47,13 +47,29 @@ class _Block(torch.autograd.Function):
         save: bool,
         fixed: bool,
         backend: str,
+        group: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, count, batch_mean, batch_var, *saved = _OPS.block_forward(
-            x, list(weights), conv_bias, gamma, beta, mean, var, path, dense, dropout, eps, flags, save, fixed, backend
+            x,
+            list(weights),
+            conv_bias,
+            gamma,
+            beta,
+            mean,
+            var,
+            path,
+            dense,
+            dropout,
+            eps,
+            flags,
+            save,
+            fixed,
+            backend,
+            group,
         )
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
-        ctx.options = (dense, dropout, eps, flags, fixed, backend)
+        ctx.options = (dense, dropout, eps, flags, fixed, backend, group)
         if save:
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
             ctx.save_for_backward(x, path, gamma, beta, *stats, count, *weights, *saved)
@@ -88,7 +104,7 @@ class _Block(torch.autograd.Function):
             dconv_bias if ctx.conv_bias else None,
             None if gamma is None else dgamma,
             None if beta is None else dbeta,
-            *(None,) * 9,
+            *(None,) * 10,
             *dweights,
         )
 
@@ -113,6 +129,7 @@ def fractal_block(
     eps: float = 1e-5,
     pool: str | None = "before",
     stats: str = "all",
+    group: object = None,
     dense: bool = False,
     backend: str | None = None,
 ) -> BlockOutput:
@@ -133,8 +150,10 @@ def fractal_block(
         dropout: rate between the convolution and the batch norm, in training.
         pool: 2x2 max-pool of each column "before" the last join, "after" it, or None.
         stats: under a path per sample, a unit's statistics run over "all" samples, and everything runs; or over its
-            "live" ones. Then, if the path is on the CPU, neighbouring samples that keep one column alone run that
-            column only: sort the batch's paths so that they are neighbours.
+            "live" ones. Then, if the path is on the CPU and the convolutions are large enough for that to be faster,
+            neighbouring samples that keep one column alone run that column only: sort the batch's paths accordingly.
+        group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
+            norm; paths for the batch must be the same on all ranks); None: this process's batch.
         dense: run everything and mask, the definition that skipping is held against.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros. Loss, gradients and statistics equal the
@@ -178,7 +197,8 @@ def fractal_block(
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
     checks.choice(op, "pool", pool, [None, "before", "after"])
     checks.choice(op, "stats", stats, ["all", "live"])
-    if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    synchronised = sync.name_of(op, group) if mean is None else ""
+    if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1 and not synchronised:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x of shape {list(x.shape)}")
     backend = backends.resolve(op, backend, x.device, x.dtype)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -187,10 +207,12 @@ def fractal_block(
     vectors = [None if t is None else t.to(dtype).contiguous() for t in (gamma, beta, mean, var)]
     flags = int(Flags.RELU_BRANCH | {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}[pool])
     flags |= int(Flags.STATS_LIVE) if stats == "live" else 0
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *vectors[:2]))
+    save = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
+    )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
-        torch.compiler.is_compiling(), backend, *(w.to(x.dtype) for w in weights),
+        torch.compiler.is_compiling(), backend, synchronised, *(w.to(x.dtype) for w in weights),
     )  # fmt: skip
     return BlockOutput(*result)

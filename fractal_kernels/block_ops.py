@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, tiny_conv
+from . import backends, sync, tiny_conv
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
 from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
 from .schedule import plan, schedule
@@ -29,13 +29,14 @@ def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
 
 _LIB.define(
     "block_forward(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta, Tensor? mean,"
-    " Tensor? var, Tensor path, bool dense, float dropout, float eps, int flags, bool save, bool fixed, str backend)"
+    " Tensor? var, Tensor path, bool dense, float dropout, float eps, int flags, bool save, bool fixed, str backend,"
+    " str group)"
     " -> Tensor[]"
 )
 _LIB.define(
     "block_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool needs_x, bool dense,"
-    " float dropout, float eps, int flags, bool fixed, str backend) -> Tensor[]"
+    " float dropout, float eps, int flags, bool fixed, str backend, str group) -> Tensor[]"
 )
 
 
@@ -56,14 +57,15 @@ def _block_forward(
     save: bool,
     fixed: bool,
     backend: str,
+    group: str,
 ) -> list[Tensor]:
     """[out, count, mean, var, *saved]: saved is the joins, then per row the outputs and dropout masks of
     its convs; where ``fixed``, of a size that does not depend on the path."""
     launch = backends.launcher(backend)
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
-    rows = Rows(weights, channels, path, dense, flags, x)
     training = mean is None
+    rows = Rows(weights, channels, path, dense, flags, x, group if training else "")
     dtype = accumulate_dtype(x.dtype)
     count = x.new_zeros(units, dtype=dtype)
     if training:
@@ -75,7 +77,7 @@ def _block_forward(
     stats = Statistics(launch, rows, mean, var, count)
     kept: list[Tensor] = []
     joins: list[Tensor] = []
-    source = x
+    source, bits = x, x.new_empty((0, 0, *x.shape[2:]), dtype=torch.bool)
     for row in range(rows.rows):
         outputs: list[Tensor] = []
         noises: list[Tensor] = []
@@ -95,11 +97,11 @@ def _block_forward(
             rows.spread(y, conv, ys)
             if training:
                 stats.take(y, conv)
-        stats.finish_row(rows.schedule.starts[row])
+        stats.finish_row(row)
         if save:
-            noisy = dropout and training
             kept += rows.fixed(outputs, row, weights, x) if fixed else outputs
-            kept += rows.fixed(noises, row, weights, x.bool()) if fixed and noisy else noises
+            if dropout and training:
+                kept += rows.fixed(noises, row, weights, bits) if fixed else noises
         joined_here = rows.joins(row)
         if joined_here or (fixed and rows.keeps_join(row)):
             pool = row == rows.rows - 1 and Flags(flags).pool
@@ -140,11 +142,12 @@ def _block_backward(
     flags: int,
     fixed: bool,
     backend: str,
+    group: str,
 ) -> list[Tensor]:
     """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
     launch = backends.launcher(backend)
     units, channels = mean.shape
-    rows = Rows(weights, channels, path, dense, flags, x)
+    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "")
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)
@@ -157,8 +160,10 @@ def _block_backward(
             rows.spread(y, conv, ys)
             rows.spread(dy, conv, dys)
     order = [u.id for units_here in rows.slots for u in units_here]
-    make = x.new_zeros if rows.several else x.new_empty
+    make = x.new_zeros if rows.spread_out else x.new_empty
     sums = [make((2, len(order), channels), dtype=mean.dtype).unbind()]
+    # Gradients of gamma and beta: this rank's own sums, for data parallelism to average.
+    own = tuple(torch.empty_like(s) for s in sums[0]) if rows.group else sums[0]
     everywhere = x.new_full((MAX_BRANCHES,), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
     counts = torch.stack([count[u] for u in order]) if rows.counted and batch_stats else None
     dweights: list[Tensor] = [x.new_empty(0)] * rows.rows
@@ -166,18 +171,22 @@ def _block_backward(
     position, ds = len(order), [segment.part(grad) for segment in rows.segments]
     for row in range(rows.rows - 1, -1, -1):
         code, calls, layers = rows.join_flags(row), [], Layers()
+        joined_here, outputs_here, dys_here = rows.joins(row), outputs[row], buffers.pop()
         end = position
         position -= len(rows.slots[row])
-        for i, segment, joined in rows.joins(row):
+        if not joined_here and not outputs_here and not rows.group:
+            dweights[row] = torch.zeros_like(weights[row])
+            continue
+        for i, segment, joined in joined_here:
             layer = layers.at(joined)
             if layer == len(sums):
                 sums.append((torch.zeros_like(sums[0][0]), torch.zeros_like(sums[0][1])))
-            at = position + (joined[0].column - rows.slots[row][0].column if rows.several else 0)
+            at = position + (joined[0].column - rows.slots[row][0].column if rows.spread_out else 0)
             here = slice(at, at + len(joined))
             norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
             g, branches = to_layout(ds[i], True), [ys[i].pop(u.id) for u in joined]
             out = [s[here] for s in sums[layer]]
-            if batch_stats or gamma is not None:
+            if batch_stats or gamma is not None or beta is not None:
                 launch.join_backward_reduce(*out, g, branches, mask, *norm, eps, code, True)
             if layer:
                 out = [s[here] for s in sums[0]]
@@ -186,13 +195,19 @@ def _block_backward(
         for layer in layers.further():
             for s, further in zip(sums[0], sums[layer], strict=True):
                 s[position:end] += further[position:end]
+        if rows.group and rows.slots[row]:
+            for s, own_s in zip(sums[0], own, strict=True):
+                own_s[position:end] = s[position:end]
+            total = sync.add(torch.stack([s[position:end] for s in sums[0]]), rows.group)
+            for s, total_s in zip(sums[0], total, strict=True):
+                s[position:end] = total_s
         for i, joined, arguments, stats in calls:
             targets = [dys[i].pop(u.id) for u in joined]
             launch.join_backward_apply(targets, *arguments, stats, eps, code, True)
         needs = row > 0 or needs_x
         totals: dict[int, Tensor] = {}
         parts_of_weight = []
-        for (conv, _), dy, noise in zip(outputs[row], buffers.pop(), noises[row], strict=True):
+        for (conv, _), dy, noise in zip(outputs_here, dys_here, noises[row], strict=True):
             source, weight = (
                 _source(launch, rows, row, conv, x, joins, ys, vectors, eps),
                 rows.weight(conv.group, weights),
@@ -224,7 +239,7 @@ def _block_backward(
     zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
     dgamma, dbeta = (
         x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])
-        for p, s in ((gamma, sums[0][1]), (beta, sums[0][0]))
+        for p, s in ((gamma, own[1]), (beta, own[0]))
     )
     dx = x.new_empty(0)
     if needs_x:
@@ -298,6 +313,7 @@ def _block_forward_fake(
     save: bool,
     fixed: bool,
     backend: str,
+    group: str,
 ) -> list[Tensor]:
     s = schedule(len(weights).bit_length())
     units, dtype = len(s.units), accumulate_dtype(x.dtype)
@@ -341,6 +357,7 @@ def _block_backward_fake(
     flags: int,
     fixed: bool,
     backend: str,
+    group: str,
 ) -> list[Tensor]:
     none = x.new_empty(0)
     return [

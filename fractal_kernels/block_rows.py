@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import sync
 from .library import Flags, empty
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
@@ -63,10 +64,10 @@ class Conv(NamedTuple):
 def live_samples(columns: int, keep: Tensor) -> Tensor:
     """``keep`` [R, C, N] without the branches that are kept in a join which does not live for the sample."""
     units = schedule(columns).units
-    live = keep.clone(memory_format=torch.contiguous_format)
+    live = torch.zeros(keep.shape, dtype=torch.bool, device=keep.device)
     reached: dict[int, Tensor] = {}  # by row: for which samples a unit that reads its join lives
     for unit in sorted(units, key=lambda u: -u.end):
-        kept = live[unit.end, unit.column]
+        kept = live[unit.end, unit.column].copy_(keep[unit.end, unit.column])
         if unit.end in reached:
             kept &= reached[unit.end]
         if unit.start > 0:
@@ -77,8 +78,9 @@ def live_samples(columns: int, keep: Tensor) -> Tensor:
 
 def alone(keep: Tensor) -> list[int]:
     """Per sample of a live ``keep`` [R, C, N] on the host: the one column that it uses, or -1."""
-    used = keep.any(0)
-    return torch.where(used.sum(0) == 1, used.to(torch.uint8).argmax(0), -1).tolist()
+    joins = keep.sum(0)  # per column and sample: in how many joins it is kept
+    most, column = joins.max(0)
+    return torch.where((joins.sum(0) == most) & (most == 2**column), column, -1).tolist()
 
 
 def segments(columns: int, path: Tensor, dense: bool, live: bool, x: Tensor, channels: int) -> list[Segment]:
@@ -125,17 +127,22 @@ def _only(columns: int, column: int) -> Plan:
 class Rows:
     """What forward and backward share: what runs, and where a unit's output, parameters and statistics are."""
 
-    def __init__(self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int, x: Tensor) -> None:
+    def __init__(
+        self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int, x: Tensor, group: str
+    ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.flags = len(weights), channels, flags
+        self.inner_flags = flags & ~int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of all joins but the last
         self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)
         self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
-        # Whether a unit's number of live values depends on more than the batch, and if so, on what.
-        self.counted = bool(flags & Flags.STATS_LIVE) and path.dim() == 3
-        # Units, in the order of the joins that they end in: where their sums are in backward.
-        self.several = len(self.segments) > 1
-        self.slots = self.schedule.ends if self.several else self.segments[0].plan.joins
+        self.per_sample, self.several, self.group = path.dim() == 3, len(self.segments) > 1, group
+        # Whether a unit's number of live values depends on more than this batch.
+        self.counted = self.per_sample and bool(flags & Flags.STATS_LIVE) or bool(group)
+        # Units, in the order of the joins that they end in: where their sums are in backward. Ranks whose samples have
+        # paths of their own add up the sums of all units, whatever each of them runs.
+        self.spread_out = self.several or (self.per_sample and bool(group))
+        self.slots = self.schedule.ends if self.spread_out else self.segments[0].plan.joins
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
@@ -168,7 +175,7 @@ class Rows:
         return weights[group[0].start].narrow(0, self.offset(group), len(group) * self.channels)
 
     def join_flags(self, row: int) -> int:
-        return int(self.flags if row == self.rows - 1 else self.flags & ~(Flags.POOL_BEFORE | Flags.POOL_AFTER))
+        return self.flags if row == self.rows - 1 else self.inner_flags
 
     def keeps_join(self, row: int) -> bool:
         """Whether a join is saved. One branch's is one pass over that branch, and is computed again in backward."""
@@ -201,7 +208,7 @@ class Rows:
     def unit_masks(self, conv: Conv) -> Tensor | None:
         """[n, size], whether each unit of a conv lives in each of its samples; None: they all do."""
         parts = [self.segments[i] for i in conv.segments]
-        if all(s.mask is None for s in parts):
+        if not self.per_sample or not self.flags & Flags.STATS_LIVE or all(s.mask is None for s in parts):
             return None
         masks = [
             torch.stack([s.mask[unit.end, unit.column] for unit in conv.group])
@@ -216,6 +223,8 @@ def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ..
     """The gradient of a row's wide weight; zeros, not None, where a unit does not live. ``full`` may hold parts."""
     if len(parts) == 1 and parts[0][1].shape == weight.shape and parts[0][1].stride() == weight.stride():
         return parts[0][1]
+    if not parts:
+        return torch.zeros_like(weight)
     full = full if full.numel() else torch.empty_like(weight)
     units = weight.shape[0] // rows.channels
     written = [False] * units
@@ -279,25 +288,36 @@ class Statistics:
             branches = [y if n == 1 else y.narrow(1, i * k, k) for i in range(n)]
             self.launch.channel_stats(mean, var, count, branches, mask, True)
 
-    def finish_row(self, units: tuple[Unit, ...]) -> None:
-        if not self.rows.several:
+    def finish_row(self, row: int) -> None:
+        """Adds up what several segments, and then what all ranks found of the units that start at a row."""
+        if not self.rows.several and not self.rows.group:
             return
+        units = self.rows.schedule.starts[row]
+        here = slice(units[0].id, units[-1].id + 1)
         for layer in self.row.further():
-            here = slice(units[0].id, units[-1].id + 1)
             _merge(*(t[here] for t in self.layers[0]), *(t[here] for t in self.layers[layer]))
         self.row = Layers()
+        if self.rows.group and (self.rows.per_sample or self.rows.segments[0].plan.live[row]):
+            mean, var, count = (t[here] for t in self.layers[0])
+            sync.merge(mean, var, count, self.rows.group)
 
-    def finish(self, units: Sequence[int], values: int) -> None:
-        """The number of values of the units that live for the batch, where that is all there is to it."""
-        if self.rows.counted:
-            return
-        first = last = -1
-        for unit in (*units, -1):  # in ranges: an index tensor would be copied from the host
-            if unit != last or unit < 0:
-                if first >= 0:
-                    self.layers[0][2][first:last].fill_(values)
-                first = unit
-            last = unit + 1
+    def finish(self, alive: Sequence[int], values: int) -> None:
+        """The number of values of the units that live for the batch, where that is all there is to it; of no other."""
+        count, counted = self.layers[0][2], self.rows.counted
+        dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
+        for first, last in _ranges(dead if counted else alive):
+            count[first:last].fill_(0 if counted else values)
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Increasing numbers as half-open ranges: indexing by a tensor would copy it from the host."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1] = found[-1][0], n + 1
+        else:
+            found.append((n, n + 1))
+    return found
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:

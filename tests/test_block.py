@@ -167,6 +167,48 @@ def test_a_range_runs_its_column_only(monkeypatch):
     assert sum(rows) == 3 * 7 * (4 + 6) and ran == (7 + 2 * 2) * (4 + 6)
 
 
+@pytest.mark.parametrize("columns", [2, 3])
+def test_any_path_per_sample_equals_dense(columns):
+    """Paths with holes too: joins that keep nothing, columns that are kept where they do not end."""
+    net = make_net(columns, columns, granularity="sample")
+    x = torch.randn(9, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(columns)
+    for _ in range(12):
+        keep = torch.rand(2, 2 ** (columns - 1), columns, 3, generator=generator) < 0.5
+        path = Path(keep.repeat_interleave(3, -1))
+        results = []
+        start = {k: v.clone() for k, v in net.state_dict().items()}
+        for dense in (False, True):
+            net.load_state_dict(start)
+            results.append(run(net, x, torch.arange(9) % 5, path, dense))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("trained", ["beta", "conv_bias"])
+def test_gradients_of_one_parameter_alone(backend, trained):
+    """Statistics given and no gamma; and nothing but a bias that requires a gradient."""
+    w = [torch.randn(s, dtype=torch.float64) for s in ((4, 3, 3, 3), (2, 2, 3, 3))]
+    x, path = torch.randn(2, 3, 4, 4, dtype=torch.float64), full_path(1, 2).keep[0]
+    vectors = {name: torch.randn(3, 2, dtype=torch.float64) for name in ("beta", "conv_bias", "mean")}
+    vectors[trained].requires_grad_()
+
+    def f(t):
+        given = vectors | {trained: t, "var": torch.ones(3, 2, dtype=torch.float64)}
+        return fractal_block(x, w, None, given.pop("beta"), path, **given, backend=backend).out
+
+    assert torch.autograd.gradcheck(f, (vectors[trained],), atol=1e-6)
+
+
+def test_a_batch_that_is_not_finite_stays_out_of_the_other_statistics():
+    net = make_net(2, 0)
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    x[0, 0, 0, 0] = torch.inf
+    net(x, path=full_path(2, 2))
+    running = net.blocks[0].running_mean
+    assert not bool(running[0].isfinite().all()) and bool(running[1].isfinite().all())
+
+
 def test_small_batches_stay_whole(monkeypatch):
     """By the measured rule: the same batch in one convolution per row, or in ranges."""
     monkeypatch.undo()
@@ -319,11 +361,11 @@ def test_opcheck():
     path = full_path(1, 2).keep[0]
     forward = torch.ops.fractal_kernels.block_forward
     options = (False, 0.0, 1e-5, 10)
-    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, "cpu")
+    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, "cpu", "")
     torch.library.opcheck(forward, arguments)
     out, count, mean, var, *saved = forward(*arguments)
     backward = torch.ops.fractal_kernels.block_backward
-    tail = (False, True, True, *options, True, "cpu")
+    tail = (False, True, True, *options, True, "cpu", "")
     torch.library.opcheck(
         backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fractalnet import FractalNet
 from fractalnet.composed import ComposedBlock
-from fractalnet.drop_path import column_path, full_path, sample_path
+from fractalnet.drop_path import Path, column_path, full_path, sample_path
 from fractalnet.fused import FractalBlock
 
 ACTIVATIONS = {
@@ -238,3 +238,36 @@ def test_one_value_per_channel_for_a_sample():
     x = torch.randn(3, 3, 1, 1, dtype=torch.float64, requires_grad=True)
     block(x, keep, torch.tensor(0)).sum().backward()
     assert bool(x.grad.isfinite().all()) and torch.equal(block.unit(0, 0).running_var, before)
+
+
+@pytest.mark.parametrize("clear", ["last join", "middle join", "no samples"])
+def test_joins_that_keep_nothing_are_zeros_in_both(clear):
+    """Per sample: an output of zeros where nothing is kept, whatever runs the block."""
+    outs = []
+    for activation in ("relu", "silu"):
+        torch.manual_seed(0)
+        net = FractalNet(5, 3, (4, 6), image_size=8, granularity="sample", activation=activation).double()
+        x = torch.randn(0 if clear == "no samples" else 4, 3, 8, 8, dtype=torch.float64)
+        keep = full_path(2, 3).keep.unsqueeze(-1).repeat(1, 1, 1, len(x))
+        if clear == "last join":
+            keep[0, -1] = False
+        if clear == "middle join":
+            keep[:, 1] = False
+        before = [b.clone() for b in net.buffers()]
+        out = net(x, path=Path(keep))
+        out.sum().backward()
+        assert out.shape == (len(x), 5) and all(
+            p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters()
+        )
+        if clear == "no samples":
+            assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
+        outs.append(net.blocks[0](x, keep[0], torch.tensor(0)))
+    if clear == "last join":
+        assert all(bool((out == 0).all()) for out in outs)
+
+
+def test_an_empty_batch_is_no_step():
+    for activation in ("relu", "silu"):
+        net = FractalNet(5, 2, (4,), image_size=8, activation=activation)
+        assert net(torch.randn(0, 3, 8, 8), path=full_path(1, 2)).shape == (0, 5)
+        assert bool((net.blocks[0].num_batches_tracked == 0).all())

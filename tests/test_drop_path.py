@@ -51,6 +51,15 @@ def test_columns_of_samples_are_ranges_of_the_batch():
     assert bool((keep[0, -1, :, 20:].sum(0) == 1).all())
 
 
+def test_the_global_share_of_small_batches():
+    """The ratio is a share of all samples, not of a batch's, rounded."""
+    for n in (1, 3):
+        generator = torch.Generator().manual_seed(0)
+        paths = [sample_path(1, 2, n, local_drop=0.0, granularity="sample", generator=generator) for _ in range(400)]
+        alone = sum(float((p.keep[0, -1].sum(0) == 1).sum()) for p in paths) / (400 * n)
+        assert abs(alone - 0.5) < 0.08
+
+
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_paths_follow_from_seed_and_step(granularity):
     net = small(granularity=granularity)
@@ -126,6 +135,10 @@ def test_sampled_training_never_meets_the_tied_set():
 def test_errors(option, message):
     with pytest.raises(ValueError, match="FractalNet: " + message):
         small(**option)
+    with pytest.raises(TypeError, match="FractalNet: expected path None or a fractalnet.Path, got Tensor"):
+        small()(torch.randn(2, 3, 8, 8), path=torch.ones(2))
+    with pytest.raises(ValueError, match="sample_path: expected batch_size >= 0, got -1"):
+        sample_path(1, 2, -1)
     with pytest.raises(ValueError, match="sample_path: expected mixture"):
         sample_path(1, 2, 3, mixture="coin")
 
@@ -146,6 +159,7 @@ def _rank(rank, folder, granularity):
         optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     torch.save({"paths": [p.keep for p in paths], "weights": weights}, f"{folder}/{granularity}{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

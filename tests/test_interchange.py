@@ -238,11 +238,21 @@ def test_files_that_do_not_fit(naming):
 
 def test_what_is_another_function():
     state = CvNet(3).double().state_dict()
-    for options, words in (({"pool_order": "before_join"}, "after_join.*got 'before'"), ({"eps": 0.1}, "eps=1e-05")):
+    for options, words in (
+        ({"pool_order": "before_join"}, "after_join.*got pool_order='before_join'"),
+        ({"eps": 0.1}, "eps=1e-05"),
+    ):
         with pytest.raises(ValueError, match=f"load: expected model with .*{words}"):
             interchange.load(ours(**options), state)
         with pytest.raises(ValueError, match=f"save: expected model with .*{words}"):
             interchange.save(ours(**options), "pytorchcv")
+    for options in ({"pool": "avg"}, {"last_pool": False}):
+        with pytest.raises(ValueError, match=f"save: expected model with max-pools .*, got {next(iter(options))}="):
+            interchange.save(ours(**options), "pytorchcv")
+    with pytest.raises(TypeError, match="save: expected model a FractalNet, got Linear"):
+        interchange.save(torch.nn.Linear(1, 1), "pytorchcv")
+    with pytest.raises(ValueError, match="expected a tensor, got str"):
+        interchange.load(ours(), state | {next(iter(state)): "nothing"})
     with pytest.raises(ValueError, match="save: expected naming one of pt.fractalnet, pytorchcv, got 'keras'"):
         interchange.save(ours(), "keras")
     for nothing in ({}, {"weight": torch.zeros(1)}):

@@ -162,8 +162,8 @@ def test_errors_of_blocks_and_plain_networks():
         block(torch.randn(2, 4, 8, 8), path.keep[0], path.alone)
     with pytest.raises(ValueError, match=r"ComposedBlock: expected keep bool of shape \[2, 2\], got"):
         block(torch.randn(2, 3, 8, 8), path.keep[0, :1], path.alone)
-    with pytest.raises(ValueError, match="expected keep to keep a branch of the last join for a sample, got none"):
-        block(torch.randn(2, 3, 8, 8), torch.zeros(2, 2, 2, dtype=torch.bool), path.alone)
+    with pytest.raises(ValueError, match="FractalNet: expected last_pool True or False, got 'no'"):
+        FractalNet(7, 2, (4,), last_pool="no")
     with pytest.raises(ValueError, match="expected the path to keep a branch of the join of row 1, got none"):
         block(torch.randn(2, 3, 8, 8), torch.zeros(2, 2, dtype=torch.bool), path.alone)
     with pytest.raises(ValueError, match="ComposedBlock: expected more than 1 value per channel when training"):

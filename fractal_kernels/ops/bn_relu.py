@@ -21,6 +21,7 @@ def bn_relu(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     *,
+    group: object = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Batch norm, then ReLU, in one pass after the statistics.
@@ -30,7 +31,7 @@ def bn_relu(
     Args:
         x: [N, C, *], float32, float64, float16 or bfloat16, channels_last or contiguous (others are copied).
         weight, bias: [C] or None. running_mean, running_var: [C], updated in place when training, or both None.
-        training, momentum, eps, backend: as in :func:`bn_relu_join`.
+        training, momentum, eps, group, backend: as in :func:`bn_relu_join`.
     Returns:
         The shape, dtype and layout of x. Deterministic; the backward saves x and two vectors, nothing normalised.
     Raises:
@@ -52,5 +53,5 @@ def bn_relu(
         raise ValueError(f"{op}: expected running_mean and running_var both or neither, got one")
     eps = checks.eps(op, eps)
     return normalised_join(
-        op, [y], [w], [b], [rm], [rv], None, training, momentum, eps, int(Flags.RELU_BRANCH), backend
+        op, [y], [w], [b], [rm], [rv], None, training, momentum, eps, int(Flags.RELU_BRANCH), backend, group
     )

@@ -28,6 +28,7 @@ def conv_bn_relu(
     padding: int | tuple[int, int] | str = 1,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
+    group: object = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The column step: 2-d convolution, batch norm, ReLU.
@@ -37,7 +38,7 @@ def conv_bn_relu(
     Args:
         x: [N, C_in, H, W]. conv_weight: [C_out, C_in / groups, kH, kW]. conv_bias: [C_out] or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-        weight, bias, running_mean, running_var, training, momentum, eps, backend: as in :func:`bn_relu`.
+        weight, bias, running_mean, running_var, training, momentum, eps, group, backend: as in :func:`bn_relu`.
     Returns:
         [N, C_out, H', W']. Under autocast the convolution runs in the autocast dtype, the rest in float32 arithmetic.
         The backward saves x, the convolution's output and two vectors.
@@ -83,4 +84,4 @@ def conv_bn_relu(
                     f"{list(x.shape)} with padding {padding}"
                 )
     y = F.conv2d(x, w, conv_bias, stride, padding, dilation, groups)
-    return bn_relu(y, weight, bias, running_mean, running_var, training, momentum, eps, backend=backend)
+    return bn_relu(y, weight, bias, running_mean, running_var, training, momentum, eps, group=group, backend=backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backends, checks
+from .. import backends, checks, sync
 from ..library import Flags, accumulate_dtype
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
@@ -53,6 +53,7 @@ class _NormJoin(torch.autograd.Function):
         eps: float,
         flags: int,
         backend: str,
+        group: str,
         mask: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -60,6 +61,8 @@ class _NormJoin(torch.autograd.Function):
         if batch_stats:
             per_sample = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
             mean, var, count = _OPS.channel_stats(ys, None if per_sample else mask, backend)
+            if group:
+                mean, var, count = _OPS.sync_stats(mean, var, count, group)
             means, vars = list(mean.unbind()), list(var.unbind())
             ctx.save_for_backward(mask, *ys, *weights, *biases, mean, var, count)
             ctx.mark_non_differentiable(mean, var, count)
@@ -68,7 +71,7 @@ class _NormJoin(torch.autograd.Function):
             means, vars = list(params[k + 2 * affine : -k]), list(params[-k:])
             ctx.save_for_backward(mask, *ys, *weights, *biases, *means, *vars)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
-        ctx.eps, ctx.flags, ctx.backend = eps, flags, backend
+        ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
         out = _OPS.join_forward(ys, mask, means, vars, weights, biases, eps, flags, backend)
         return out, mean, var, count
 
@@ -87,18 +90,20 @@ class _NormJoin(torch.autograd.Function):
         dws: list[Tensor | None] = [None] * affine
         dbs: list[Tensor | None] = [None] * affine
         sums: list[Tensor] = []
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         if ctx.batch_stats or any(needs[k : k + 2 * affine]):
             dz, dzx = _OPS.join_backward_reduce(*head, ctx.eps, ctx.flags, ctx.backend)
             if affine:
                 dws, dbs = list(dzx.unbind()), list(dz.unbind())
             if ctx.batch_stats:
+                if ctx.group:  # of all ranks; gradients of weights stay this rank's, as with any data parallelism
+                    dz, dzx = _OPS.sync_sums(torch.stack([dz, dzx]), ctx.group).unbind()
                 sums = [dz, dzx, count]
         dys: list[Tensor | None] = [None] * k
         if any(needs[:k]):
             dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
         rest = (None,) * (0 if ctx.batch_stats else 2 * k)
-        return (None,) * 7 + (*dys, *dws, *dbs, *rest)
+        return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
 
 def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -146,14 +151,16 @@ def normalised_join(
     eps: float,
     flags: int,
     backend: str | None,
+    group: object = None,
 ) -> Tensor:
     """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
+    synchronised = sync.name_of(op, group) if training else ""
     k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
     checks.momentum(op, momentum, ys)
     batch_stats = training or running_means[0] is None
     per_channel = ys[0].numel() // max(channels, 1)
-    if training and per_channel == 1:
+    if training and per_channel == 1 and not synchronised:
         raise ValueError(
             f"{op}: expected more than 1 value per channel when training, got inputs of shape {list(ys[0].shape)}"
         )
@@ -165,7 +172,8 @@ def normalised_join(
     if not batch_stats:
         params += [t.to(dtype) for t in (*running_means, *running_vars) if t is not None]
     params = [p.contiguous() for p in params]
-    out, mean, var, count = _NormJoin.apply(k, affine, batch_stats, eps, flags, backend, mask, *ys, *params)  # type: ignore[no-untyped-call]
+    options = (k, affine, batch_stats, eps, flags, backend, synchronised)
+    out, mean, var, count = _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-untyped-call]
     if training and running_means[0] is not None:
         with torch.no_grad():
             keep = (count > 0).to(count.dtype) * momentum  # a dropped branch keeps its running statistics
@@ -192,6 +200,7 @@ def bn_relu_join(
     activation: str = "branch",
     pool: str | None = None,
     stats: str = "all",
+    group: object = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Batch norm and ReLU of every branch, their masked join and a 2x2 max-pool, fused.
@@ -212,6 +221,8 @@ def bn_relu_join(
         activation: "branch" (ReLU on each branch), "output" (ReLU on the join) or "none".
         pool: None, "before" (each branch pooled, then joined) or "after" (the join pooled); [N, C, H, W] only.
         stats: under a [k, N] mask, statistics of a branch over "all" samples or over its "live" ones.
+        group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
+            norm; every rank makes the same calls, one of them with an empty batch too); None: this process's batch.
         backend: a name of :func:`available_backends`; None chooses.
     Returns:
         [N, C, *] (spatial size halved by a pool, rounded down) in the inputs' dtype and layout.
@@ -237,7 +248,8 @@ def bn_relu_join(
     flags = checks.join_options(op, reduction, activation, pool, stats)
     if pool is not None:
         checks.poolable(op, ys[0])
-    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, checks.eps(op, eps), int(flags), backend)
+    eps = checks.eps(op, eps)
+    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, eps, int(flags), backend, group)
 
 
 def drop_path_mask(

@@ -143,7 +143,7 @@ class ComposedBlock(Block):
         self._check(x, keep)
         if keep.dim() == 3:
             live = self._live_samples(keep.cpu())
-            runs = {i for i, samples in live.items() if bool(samples.any())}
+            runs = {i for i, samples in live.items() if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
             indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
             tracked = runs
@@ -168,6 +168,10 @@ class ComposedBlock(Block):
                 elif dense:
                     mask = keep[row, [u.column for u in joined]].to(x.device)
                 out = self._join([branches.pop(u.id) for u in joined], mask, last=row == len(joins) - 1)
+            elif row == len(joins) - 1 or any(u.id in runs for u in self.schedule.starts[row + 1]):
+                ends = self.schedule.ends[row]  # nothing is kept for any sample, and somebody reads it
+                zeros = x.new_zeros(x.shape[0], max(self.widths[u.column] for u in ends), *x.shape[2:])
+                out = F.max_pool2d(zeros, 2) if row == len(joins) - 1 and self.pool in ("before", "after") else zeros
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)
@@ -198,8 +202,6 @@ class ComposedBlock(Block):
                 live[unit.id] = reached[row] & keep[row, unit.column]
                 if unit.start > 0:
                     reached[unit.start - 1] |= live[unit.id]
-        if keep.shape[2] and not any(bool(live[u.id].any()) for u in self.schedule.ends[-1]):
-            raise ValueError("ComposedBlock: expected keep to keep a branch of the last join for a sample, got none")
         return live
 
     def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, counts: Tensor | None) -> Tensor:
@@ -226,7 +228,7 @@ class ComposedBlock(Block):
         """Batch norm; in training it moves the running statistics, unless the unit is dead (``counts`` None)."""
         mean, var, momentum = unit.running_mean, unit.running_var, self.momentum
         if self.training:
-            if counts is None or y.numel() == y.shape[1]:  # one value has no unbiased variance
+            if counts is None or y.numel() <= y.shape[1]:  # none, or one value has no unbiased variance
                 mean = var = None
             else:
                 counts.add_(1)

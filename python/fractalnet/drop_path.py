@@ -94,10 +94,15 @@ def rate(value: Rate, step: int) -> float:
     return float(before[1])
 
 
+def kept_rate(value: Rate) -> Rate:
+    """A rate that nothing outside changes."""
+    return value if isinstance(value, int | float) else tuple((s, r) for s, r in value)
+
+
 def check_rate(op: str, name: str, value: Rate) -> None:
     """Raises ValueError unless every rate lies in [0, 1] and steps increase."""
     try:
-        knots = [(0, value)] if isinstance(value, int | float) else [(int(s), float(r)) for s, r in value]
+        knots = [(0, value)] if isinstance(value, int | float) else [(float(s), float(r)) for s, r in value]
     except (TypeError, ValueError):
         knots = []
     good = all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in zip(knots, knots[1:], strict=False))
@@ -166,6 +171,8 @@ def sample_path(
         raise ValueError(f"sample_path: expected granularity 'batch' or 'sample', got {granularity!r}")
     if mixture not in MIXTURES:
         raise ValueError(f"sample_path: expected mixture 'random' or 'alternating', got {mixture!r}")
+    if not isinstance(batch_size, int) or batch_size < 0:
+        raise ValueError(f"sample_path: expected batch_size >= 0, got {batch_size!r}")
     for name, value in (("local_drop", local_drop), ("global_ratio", global_ratio)):
         check_rate("sample_path", name, value)
     if mixture == "alternating":  # the share of global steps among the first ones is always the ratio, rounded down
@@ -175,7 +182,8 @@ def sample_path(
             return column_path(blocks, columns, int(torch.randint(columns, (), generator=generator, device="cpu")))
         return Path(_local(blocks, columns, local_drop, 1, generator)[..., 0])
     keep = _local(blocks, columns, local_drop, batch_size, generator)
-    alone = round(global_ratio * batch_size)
+    # A whole number of samples whose mean is the ratio's share, in small batches too.
+    alone = int(global_ratio * batch_size + float(torch.rand((), generator=generator, device="cpu")))
     if alone:
         chosen = torch.randint(columns, (alone,), generator=generator, device="cpu").sort(descending=True).values
         only = torch.arange(columns, device="cpu").unsqueeze(1) == chosen

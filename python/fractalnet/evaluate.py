@@ -21,7 +21,7 @@ from .model import FractalNet
 
 __all__ = ["anytime", "anytime_table", "build", "compare_steps", "measure", "pack", "scores", "step_table", "table"]
 
-FORMAT = "fractalnet checkpoint 1"
+FORMAT = "fractalnet checkpoint 2"
 CHUNK = 500  # images at a time where only the result matters
 BATCHES = (1, 100)  # images at a time where time is taken
 TOLERANCE = 1e-3
@@ -170,17 +170,15 @@ def eager_baseline() -> type[nn.Module] | None:
 def mixture(model: FractalNet, batch: int, count: int, seed: int) -> list[drop_path.Path]:
     """Paths in the shares of the model's mixture, so that their mean is its mean without the luck of a few draws."""
     generator = torch.Generator().manual_seed(seed)
-    if model.granularity == "sample":
-        return [model.sample_path(batch, generator) for _ in range(count)]
     blocks, columns = len(model.channels), model.columns
-    alone = round(count * drop_path.rate(model.global_ratio, model.path_step) / columns)
+    local, ratio = (drop_path.rate(value, model.path_step) for value in (model.local_drop, model.global_ratio))
+    if model.granularity == "sample":
+        rates = {"local_drop": local, "global_ratio": ratio, "granularity": "sample", "generator": generator}
+        return [drop_path.sample_path(blocks, columns, batch, **rates) for _ in range(count)]
+    alone = round(count * ratio / columns)
     paths = [drop_path.column_path(blocks, columns, c) for c in range(columns) for _ in range(alone)]
-    local = {
-        "local_drop": drop_path.rate(model.local_drop, model.path_step),
-        "global_ratio": 0.0,
-        "generator": generator,
-    }
-    paths += [drop_path.sample_path(blocks, columns, batch, **local) for _ in range(count - len(paths))]
+    rates = {"local_drop": local, "global_ratio": 0.0, "generator": generator}
+    paths += [drop_path.sample_path(blocks, columns, batch, **rates) for _ in range(count - len(paths))]
     return [paths[i] for i in torch.randperm(len(paths), generator=generator).tolist()]
 
 

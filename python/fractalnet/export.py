@@ -259,7 +259,9 @@ def load_column(path: str | Path) -> nn.Sequential:
         with torch.device("meta"):  # the file's numbers allocate nothing
             column = nn.Sequential(*(_build(kind, values) for kind, values in layers))
         column.load_state_dict(state, assign=True)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"load_column: {path} is damaged or not a column's file ({reason})") from error
     return column.eval()

@@ -145,7 +145,7 @@ class FractalBlock(Block):
         **options: object,
     ) -> None:
         super().__init__(in_channels, channels, columns, **options)
-        self.channels, self.stats = channels, stats
+        self.channels, self.stats, self.sync_group = channels, stats, None
         units = len(self.schedule.units)
         self.weights = nn.ParameterList(
             torch.empty(len(row) * channels, 3, 3, in_channels if r == 0 else channels)
@@ -202,6 +202,7 @@ class FractalBlock(Block):
             eps=self.eps,
             pool=None if self.pool == "average" else self.pool,
             stats=self.stats,
+            group=self.sync_group,
             dense=dense,
         )
         if self.training:
@@ -217,6 +218,7 @@ class FractalBlock(Block):
         self.num_batches_tracked.add_(ran)
         weight = ran * self.momentum if self.momentum is not None else ran / self.num_batches_tracked.clamp(min=1)
         weight = weight.unsqueeze(2).to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype).expand_as(self.running_mean), weight)
         unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype).expand_as(self.running_var), weight)
+        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
+            moved = running.lerp(batch.to(running.dtype).expand_as(running), weight)
+            running.copy_(torch.where(weight > 0, moved, running))  # a batch that is not finite is of no other set

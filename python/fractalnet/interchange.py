@@ -74,6 +74,8 @@ def _check(op: str, model: FractalNet, naming: str) -> None:
     """The same weights are the same function only if what the files do not hold is the same too."""
     if naming not in NAMINGS:
         raise ValueError(f"{op}: expected naming one of {', '.join(NAMINGS)}, got {naming!r}")
+    if not hasattr(model, "columns"):
+        raise TypeError(f"{op}: expected model a FractalNet, got {type(model).__name__}")
     if not isinstance(model.stem, nn.Identity):
         raise ValueError(f"{op}: expected model without a stem, as {naming} has none")
     for b, block in enumerate(model.blocks):
@@ -82,7 +84,8 @@ def _check(op: str, model: FractalNet, naming: str) -> None:
                 f"{op}: expected model of fused blocks, as {naming} has, got {model.info().splitlines()[b]}"
             )
         if block.pool != "after":
-            raise ValueError(f"{op}: expected model with pool_order='after_join', as {naming} has, got {block.pool!r}")
+            got = {"before": "pool_order='before_join'", "average": "pool='avg'", None: "last_pool=False"}[block.pool]
+            raise ValueError(f"{op}: expected model with max-pools and pool_order='after_join', as {naming}, got {got}")
         if block.eps != EPS:
             raise ValueError(f"{op}: expected model with eps={EPS}, as {naming} has, got {block.eps}")
 
@@ -125,7 +128,9 @@ def load(model: FractalNet, state_dict: Mapping[str, Tensor], naming: str | None
     views = dict(_views(model, naming))
     wrong = [f"unknown {key}" for key in state_dict if key not in views]
     for key, (view, *_) in views.items():
-        if key not in state_dict:
+        if key in state_dict and not isinstance(state_dict[key], Tensor):
+            wrong.append(f"{key}: expected a tensor, got {type(state_dict[key]).__name__}")
+        elif key not in state_dict:
             wrong += [f"missing {key}"] if not key.endswith("num_batches_tracked") else []
         elif state_dict[key].shape != view.shape:
             wrong.append(f"{key}: expected shape {list(view.shape)}, got {list(state_dict[key].shape)}")

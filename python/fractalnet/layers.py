@@ -48,6 +48,7 @@ def check_network(
     check(op, "channels", widths, "a positive width per block", channels)
     check(op, "in_channels", is_whole(in_channels), "a whole number >= 1", in_channels)
     check(op, "stem", stem in (None, "resnet"), "None or 'resnet'", stem)
+    check(op, "last_pool", isinstance(last_pool, bool), "True or False", last_pool)
     least = 2 ** (len(channels) if last_pool else len(channels) - 1)
     if stem:  # it leaves a quarter of the size, rounded up
         least = 4 * least - 3

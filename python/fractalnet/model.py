@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fractal_kernels import sync_batch_norm
 from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import drop_path, export
@@ -43,8 +44,9 @@ class FractalNet(nn.Module, Hub):
             and every column alone run on each batch, with the same weights and their own statistics, and
             :func:`tied_loss` weighs their losses.
         path_seed: of the sequence of paths, which depends on it and on the number of the step alone.
-        stats: under paths per sample, batch statistics of a unit run over its "live" samples, and neighbouring samples
-            that keep one column run nothing else; or over "all" samples, as in other implementations, and all runs.
+        stats: under paths per sample, batch statistics of a unit run over its "live" samples, and where that is faster
+            neighbouring samples that keep one column run nothing else; or over "all" samples, as in other
+            implementations, and all runs.
         pool, last_pool: "max" or "avg"; whether the last block has one too.
         pool_order: of max-pools, "before_join" (each column pooled: the authors' code) or "after_join" (the authors'
             figure). For the average both are the same.
@@ -135,7 +137,8 @@ class FractalNet(nn.Module, Hub):
         _check("pool_order", pool_order in ("before_join", "after_join"), "'before_join' or 'after_join'", pool_order)
         _check("kernel_mix", is_number(kernel_mix) and 0 < kernel_mix <= 1, "in (0, 1]", kernel_mix)
         self.columns, self.channels, self.image_size = columns, tuple(channels), image_size
-        self.local_drop, self.global_ratio, self.granularity = local_drop, global_ratio, granularity
+        self.local_drop, self.global_ratio = drop_path.kept_rate(local_drop), drop_path.kept_rate(global_ratio)
+        self.granularity = granularity
         self.mixture, self.global_mode = mixture, global_mode
         self.path_seed, self.path_step = path_seed, 0  # kept in state_dict
         norm = {"momentum": momentum, "eps": eps}
@@ -210,6 +213,17 @@ class FractalNet(nn.Module, Hub):
             generator=generator,
         )
 
+    def sync_batch_norm(self, group: dist.ProcessGroup | None = None) -> None:
+        """Batch statistics over all ranks of a process group (None: the default one) in training: one collective per
+        row of a block, forward and backward. See :func:`fractal_kernels.sync_batch_norm`.
+
+        Raises:
+            ValueError: torch.distributed is not initialised, or a block is composed: PyTorch's batch norm runs there.
+        """
+        if any(self._composed):
+            raise ValueError(f"sync_batch_norm: expected fused blocks, got {self.info()}")
+        sync_batch_norm(self, group)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.path_seed, self.path_step])
 
@@ -231,10 +245,13 @@ class FractalNet(nn.Module, Hub):
             if path is not None:
                 raise ValueError("FractalNet: expected path or column, got both")
             path = drop_path.column_path(len(self.blocks), self.columns, column)
-        if path is None:
-            full = drop_path.full_path(len(self.blocks), self.columns)
-            path = self.sample_path(x.shape[0]) if self.training else full
-            if self.training and self.global_mode == "tied":
+        if path is not None and not isinstance(path, Path):
+            raise TypeError(f"FractalNet: expected path None or a fractalnet.Path, got {type(path).__name__}")
+        if path is None and not self.training:
+            path = drop_path.full_path(len(self.blocks), self.columns)
+        elif path is None:
+            path = self.sample_path(x.shape[0])
+            if self.global_mode == "tied":
                 columns = [drop_path.column_path(len(self.blocks), self.columns, c) for c in range(self.columns)]
                 x = self.stem(x)
                 return torch.stack([self._logits(x, p, dense) for p in (path, *columns)])

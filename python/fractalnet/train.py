@@ -37,7 +37,8 @@ def fit(model: FractalNet, split: Split, recipe: Recipe, seed: int) -> dict[str,
     """
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of batches; paths have their own sequence
+    model.path_seed, model.path_step = seed, 0
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -60,7 +61,7 @@ def fit(model: FractalNet, split: Split, recipe: Recipe, seed: int) -> dict[str,
                 rate = cosine(recipe.lr, step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                loss = F.cross_entropy(model(x, path=model.sample_path(len(y), generator)), y)
+                loss = F.cross_entropy(model(x), y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -1,0 +1,135 @@
+"""Batch norm over ranks: two processes with parts of a batch against one process with all of it, in fp64."""
+
+import fractalnet
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from fractalnet.drop_path import Path, column_path, full_path, sample_path
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fractal_kernels as fk
+from fractal_kernels import block_rows
+
+N = 8
+SPLITS = ((5, 3), (8, 0))
+
+
+class Joined(nn.Module):
+    """Every module that synchronises, at the level of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = fk.ConvBNReLU(3, 4)
+        self.join = fk.BNReLUJoin(2, 4, activation="output", reduction="sum", stats="live")
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x, mask):
+        y = self.stem(x)
+        return self.head(self.join([y, y.flip(-1)], mask).mean((2, 3)))
+
+
+def network(kind):
+    torch.manual_seed(0)
+    if kind == "joined":
+        return Joined().double()
+    sample = kind in ("sample", "ranges")
+    options = {"granularity": "sample" if sample else "batch", "momentum": 0.3 if kind == "full" else None}
+    return fractalnet.FractalNet(7, 3, (4, 6), image_size=8, **options).double()
+
+
+def path_of(kind):
+    """A path for all of the batch, and the part of it that a rank has."""
+    generator = torch.Generator().manual_seed(3)
+    if kind == "joined":
+        keep = fk.drop_path_mask(2, 0.4, N, generator=generator)
+        return lambda first, last: keep[:, first:last]
+    if kind in ("sample", "ranges"):
+        ratio = 0.0 if kind == "sample" else 0.75
+        path = sample_path(2, 3, N, local_drop=0.4, global_ratio=ratio, granularity="sample", generator=generator)
+        return lambda first, last: Path(path.keep[..., first:last])
+    path = {
+        "full": full_path(2, 3),
+        "column": column_path(2, 3, 1),
+        "local": sample_path(2, 3, N, local_drop=0.6, global_ratio=0.0, generator=generator),
+    }[kind]
+    return lambda first, last: path
+
+
+def step(model, net, kind, first, last, world):
+    """Two steps on samples first ... last - 1; everything that must be the same on one process and on two."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(N, 3, 8, 8, dtype=torch.float64, generator=generator), torch.arange(N) % 7
+    part, path = slice(first, last), path_of(kind)(first, last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = model(x[part], path)
+        # Data parallelism averages gradients over ranks, whatever their parts of the batch are.
+        (F.cross_entropy(logits, y[part], reduction="sum") * world / N).backward()
+        grads = {f"grad {name}": p.grad.clone() for name, p in net.named_parameters()}
+        optimizer.step()
+    state = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("_extra")}
+    return {**grads, **state}
+
+
+def _rank(rank, folder, kinds):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    block_rows.RANGES_PAY = 1
+    for kind in kinds:
+        for split in SPLITS:
+            net = network(kind)
+            assert (fk.sync_batch_norm(net) if kind == "joined" else net.sync_batch_norm()) in (None, 2)
+            model = DistributedDataParallel(net, forward_sync_buffers=False)
+            first, last = (0, split[0]) if rank == 0 else (split[0], N)
+            torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+KINDS = ("joined", "full", "column", "local", "sample", "ranges")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (str(folder), KINDS), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one_process(ranks, kind, split):
+    net = network(kind)
+    expected = step(net, net, kind, 0, N, 1)
+    a, b = (torch.load(ranks / f"{kind}{split[0]}{rank}.pt") for rank in range(2))
+    assert a.keys() == expected.keys()
+    moved = 0
+    for name, want in expected.items():
+        assert torch.equal(a[name], b[name]), name  # ranks stay bit by bit together
+        torch.testing.assert_close(a[name], want, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        moved += "running_mean" in name and bool((want != 0).any())
+    assert moved  # statistics were tracked
+
+
+def test_without_synchronisation_ranks_differ(tmp_path):
+    """What the test above would see if nothing were synchronised."""
+    net = network("full")
+    whole, half = step(net, net, "full", 0, N, 1), None
+    net = network("full")
+    half = step(net, net, "full", 0, 5, 1)
+    assert not torch.allclose(whole["blocks.0.running_mean"], half["blocks.0.running_mean"], rtol=1e-3)
+
+
+def test_errors():
+    net = network("full")
+    with pytest.raises(ValueError, match="sync_batch_norm: expected torch.distributed to be initialised"):
+        net.sync_batch_norm()
+    composed = fractalnet.FractalNet(7, 2, (4,), image_size=8, activation="silu")
+    with pytest.raises(ValueError, match="sync_batch_norm: expected fused blocks, got block 0: composed"):
+        composed.sync_batch_norm()
+    with pytest.raises(TypeError, match="bn_relu: expected group None or a torch.distributed.ProcessGroup, got str"):
+        fk.bn_relu(torch.randn(2, 3, 4, 4), None, None, None, None, True, group="world")
