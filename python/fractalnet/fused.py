@@ -219,6 +219,7 @@ class FractalBlock(Block):
         weight = ran * self.momentum if self.momentum is not None else ran / self.num_batches_tracked.clamp(min=1)
         weight = weight.unsqueeze(2).to(self.running_mean.dtype)
         unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
+        moved = weight > 0
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            moved = running.lerp(batch.to(running.dtype).expand_as(running), weight)
-            running.copy_(torch.where(weight > 0, moved, running))  # a batch that is not finite is of no other set
+            # Not lerp alone: what is not finite in this batch would reach the other set at a weight of 0.
+            running.lerp_(torch.where(moved, batch.to(running.dtype), running), weight)
