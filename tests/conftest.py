@@ -131,3 +131,20 @@ def on_backend(name: str) -> Iterator[str]:
 def cpu_backend() -> str:
     need_backend("cpu")
     return "cpu"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs the command line, which must refuse the call with status 2 and one line that has these words in it."""
+    from fractalnet.__main__ import main
+
+    def check(argv, words):
+        try:
+            status = main(argv)
+        except SystemExit as error:
+            status = error.code
+        said = capsys.readouterr().err
+        assert status == 2 and all(word in said for word in words), said
+        assert len(said.splitlines()) == 1
+
+    return check

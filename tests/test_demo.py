@@ -205,15 +205,9 @@ def test_interrupted_writing(tmp_path, monkeypatch, function, call):
         (["eval", "--checkpoint", "nowhere/model.pt"], ["nowhere/model.pt", "no such file"]),
     ],
 )
-def test_wrong_calls(argv, words, capsys, tmp_path, monkeypatch):
+def test_wrong_calls(argv, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = main(argv)
-    except SystemExit as error:
-        status = error.code
-    said = capsys.readouterr().err
-    assert status == 2 and all(word in said for word in words), said
-    assert len(said.splitlines()) == 1
+    refused(argv, words)
     assert not list(tmp_path.iterdir())
 
 

@@ -279,15 +279,9 @@ def test_commands(checkpoint, tmp_path, capfd):
         ("export --checkpoint FILE --fold --out DIR/out.pt2", ["--fold", "--checkpoint, --column, --out"]),
     ],
 )
-def test_wrong_commands(checkpoint, tmp_path, capsys, command, words):
+def test_wrong_commands(checkpoint, tmp_path, refused, command, words):
     argv = command.replace("FILE", checkpoint[1]).replace("DIR", str(tmp_path)).split()
-    try:
-        status = main(argv)
-    except SystemExit as error:
-        status = error.code
-    said = capsys.readouterr().err
-    assert status == 2 and all(word in said for word in words), said
-    assert len(said.splitlines()) == 1
+    refused(argv, words)
     assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
