@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP
 STAMP := .venv/.stamp
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint bench aot interpret cuda-check gpu docs wheel clean
+.PHONY: setup demo test ranks lint bench aot interpret cuda-check gpu docs wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -26,15 +26,19 @@ $(PY):
 
 $(STAMP): constraints.txt setup.py pyproject.toml $(CSRC) | $(PY)
 	$(PIP) torch setuptools wheel ninja pybind11
-	$(PIP) --no-build-isolation -e '.[demo,dev]'
+	$(PIP) --no-build-isolation -e '.[dev]'
 	@$(PY) -m fractal_kernels.info
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) -m fractalnet train digits --out runs/digits $(ARGS)
+	$(PY) -m fractalnet train digits --out runs/digits --overwrite $(ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest -q tests $(ARGS)
+
+# Training on two ranks in every way, and the death of each: three minutes; `make test` has a part of it.
+ranks: $(STAMP)
+	FRACTAL_RANKS=all $(PY) -m pytest -q tests/test_ranks.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

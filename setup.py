@@ -222,7 +222,7 @@ setup(
     package_data={
         "fractal_kernels": ["py.typed"],
         "fractal_kernels.triton": ["tuned.json"],
-        "fractalnet": ["recipes/*.yaml"],
+        "fractalnet": ["recipes/*.yaml", "recipes/*/*.yaml"],
     },
     include_package_data=False,
     **extensions(),

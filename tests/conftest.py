@@ -148,3 +148,17 @@ def refused(capsys):
         assert len(said.splitlines()) == 1
 
     return check
+
+
+@pytest.fixture
+def packed():
+    """The bytes of a model.pt of a network with these arguments, as a training on the digits leaves it."""
+    from fractalnet import sources, trained
+    from fractalnet.augment import Augment
+    from fractalnet.config import Data
+
+    def pack(model, arguments):
+        augment = Augment.of(sources.load("digits"))
+        return trained.pack(arguments, model.state_dict(), "tiny", {"seed": 0}, trained.facts(Data("digits"), augment))
+
+    return pack

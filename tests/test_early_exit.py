@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("yaml")
 
-from fractalnet import anytime, data, evaluate  # noqa: E402
+from fractalnet import anytime, evaluate, sources  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 
 OPTIONS = {"fused": {}, "composed": {"activation": "silu"}, "stem": {"stem": "resnet"}}
@@ -93,14 +93,14 @@ def test_half_precision():
     assert torch.equal(result.column == 0, sure) and result.logits.dtype == torch.bfloat16
 
 
-def test_command(tmp_path, capsys, monkeypatch):
+def test_command(tmp_path, capsys, monkeypatch, packed):
     monkeypatch.setattr(evaluate, "PASSES", 1)
     torch.set_num_threads(1)
-    split, recipe = data.load("digits"), data.load_recipe("digits")
+    split = sources.tensors(sources.load("digits"))
     config = {"num_classes": 10, "columns": 2, "channels": (4, 6), "in_channels": 1, "image_size": 8}
     model = FractalNet(**config)
     model.recalibrate([split.train_x[:200]]).recalibrate([split.train_x[:200]], 0)
-    (tmp_path / "model.pt").write_bytes(evaluate.pack(model, config, recipe, 0))
+    (tmp_path / "model.pt").write_bytes(packed(model, config))
     out = tmp_path / "new" / "anytime"
     assert main(["anytime", "--checkpoint", str(tmp_path / "model.pt"), "--out", str(out)]) == 0
     printed = capsys.readouterr().out

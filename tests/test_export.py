@@ -12,7 +12,7 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from fractalnet import FractalNet, data, evaluate, export  # noqa: E402
+from fractalnet import FractalNet, export  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 
 CONFIG = {"num_classes": 7, "columns": 3, "channels": (4, 6), "image_size": 8}
@@ -237,10 +237,9 @@ def test_no_column_file(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, packed):
     net = trained()
-    recipe = data.Recipe("tiny", "digits", CONFIG, epochs=1, batch_size=4, lr=0.1)
-    (tmp_path / "model.pt").write_bytes(evaluate.pack(net, CONFIG, recipe, seed=0))
+    (tmp_path / "model.pt").write_bytes(packed(net, CONFIG))
     return net, str(tmp_path / "model.pt")
 
 

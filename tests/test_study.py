@@ -1,5 +1,6 @@
 """Studies: what they compute against its definition, what their commands leave, and what real data must show."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,8 +16,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("yaml")
 
-from fractalnet import anytime, data, evaluate, probes, study, train  # noqa: E402
+from fractalnet import anytime, evaluate, probes, sources, study  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
+from fractalnet.formats import Images  # noqa: E402
 from fractalnet.plain import PlainNet  # noqa: E402
 
 
@@ -29,10 +31,10 @@ def one_thread(same_start):
 @pytest.fixture
 def small(monkeypatch):
     """Few and thin: channels of the depth study, images of every study."""
-    split = data.load("digits")
-    part = {name: getattr(split, name)[:120] for name in ("train_x", "train_y", "test_x", "test_y")}
-    part = data.Split(**part, classes=10, mean=split.mean, std=split.std)
-    monkeypatch.setattr(data, "load", lambda name: part)
+    whole = sources.load("digits")
+    train, test = (Images(s.x[:120], s.y[:120], s.scale) for s in (whole.train, whole.test))
+    part = dataclasses.replace(whole, train=train, test=test)
+    monkeypatch.setattr(sources, "load", lambda name: part)
     monkeypatch.setattr(study, "CHANNELS", (4, 6))
     monkeypatch.setattr(study, "EVERY", 1)
     return part
@@ -73,7 +75,7 @@ def test_depth_command(tmp_path, capsys, small):
 
 
 def test_one_seed_is_one_run_and_the_same_batches(small):
-    recipe = data.Recipe("depth", "digits", {}, 1, 50, 0.02)
+    recipe = study.Recipe(1, 0.02)
 
     def trained(kind, seed):
         torch.manual_seed(0)
@@ -90,7 +92,8 @@ def test_one_seed_is_one_run_and_the_same_batches(small):
 
 def test_losses_are_those_of_training(small):
     model = FractalNet(10, 2, (4, 6), in_channels=1, image_size=8).double().eval()
-    x, y = small.train_x[:60].double(), small.train_y[:60]
+    split = sources.tensors(small)
+    x, y = split.train_x[:60].double(), split.train_y[:60]
     before = {name: t.clone() for name, t in model.state_dict().items()}
     got = study.losses(model, x, y, batch=40)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and not model.training
@@ -108,12 +111,12 @@ def test_losses_are_those_of_training(small):
 
 def test_a_fractal_network_learns_where_a_plain_one_of_its_depth_does_not():
     """48 layers on real digits, five epochs: log 10 is chance."""
-    split, recipe, last = data.load("digits"), data.Recipe("depth", "digits", {}, 5, 50, 0.02), {}
+    data, recipe, last = sources.load("digits"), study.Recipe(5, 0.02), {}
     for kind, name in (("plain", "plain"), ("whole", "full")):
         torch.manual_seed(0)
-        model = study.network(kind, 5, split)
+        model = study.network(kind, 5, data)
         assert model.depth() == 48
-        last[kind] = study.fit(model, split, recipe, 0, Bar())["history"][-1]["losses"][name]
+        last[kind] = study.fit(model, data, recipe, 0, Bar())["history"][-1]["losses"][name]
     assert last["plain"] > 0.7 * math.log(10) and last["whole"] < 0.2 * math.log(10), last
 
 
@@ -174,17 +177,11 @@ def test_features_end_where_the_classifier_begins(stem):
         torch.testing.assert_close(net.head(deep[f"column {c}"][-1][1]), net(x, column=c), rtol=1e-4, atol=1e-5)
 
 
-def checkpoint(folder, split, epochs=3):
-    config = {"num_classes": 10, "columns": 2, "channels": (8, 12), "in_channels": 1, "image_size": 8}
-    model, recipe = FractalNet(**config), data.load_recipe("digits", epochs=epochs)
-    train.fit(model, split, recipe, 0)
-    (folder / "model.pt").write_bytes(evaluate.pack(model, config, recipe, 0))
-    return model
-
-
-def test_probes_command(tmp_path, capsys):
-    split = data.load("digits")
-    checkpoint(tmp_path, split)
+def test_probes_command(tmp_path, capsys, packed):
+    arguments = {"num_classes": 10, "columns": 2, "channels": (8, 12), "in_channels": 1, "image_size": 8}
+    model = FractalNet(**arguments)
+    study.fit(model, sources.load("digits"), study.Recipe(3, 0.02, 64, shift=1), 0, Bar())
+    (tmp_path / "model.pt").write_bytes(packed(model, arguments))
     out = tmp_path / "probes"
     assert main(["study", "probes", "--checkpoint", str(tmp_path / "model.pt"), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -204,14 +201,15 @@ def test_probes_command(tmp_path, capsys):
 
 def test_what_one_set_of_statistics_costs_the_deepest_column():
     """On real data: the shared set is not the column's own, and statistics taken for it bring its loss down."""
-    split = data.load("digits")
+    data = sources.load("digits")
+    split = sources.tensors(data)
     torch.manual_seed(0)
     model = FractalNet(10, 3, (8, 16, 16), in_channels=1, image_size=8, split_stats=False)
-    train.fit(model, split, data.load_recipe("digits", epochs=6), 0)
+    study.fit(model, data, study.Recipe(6, 0.02, 64, nesterov=True, weight_decay=5e-4, shift=1), 0, Bar())
     shared = [block.unit(2, j).running_mean.clone() for block in model.blocks for j in range(4)]
-    before = evaluate.scores(model, split.train_x, split.train_y)["column 2"]["loss"]
+    before = evaluate.scores(model, evaluate.parts(split.train_x, split.train_y))["column 2"]["loss"]
     model.recalibrate(split.train_x.split(64), column=2)
-    after = evaluate.scores(model, split.train_x, split.train_y)["column 2"]["loss"]
+    after = evaluate.scores(model, evaluate.parts(split.train_x, split.train_y))["column 2"]["loss"]
     own = [block.unit(2, j).running_mean for block in model.blocks for j in range(4)]
     moved = [float((a - b).norm() / b.norm()) for a, b in zip(shared, own, strict=True)]
     assert max(moved) > 0.1, moved

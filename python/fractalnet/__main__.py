@@ -14,9 +14,12 @@ from typing import NoReturn
 
 from fractal_kernels.schedule import MAX_COLUMNS
 
-from . import anytime, data, evaluate, export, plots, probes, study, train
-from .data import UserError
+from . import anytime, config, evaluate, export, outputs, plots, probes, study, trained
+from .files import Stopped, UserError, folder_for, require, write
 from .model import FractalNet
+
+EPILOG = """Every value of a recipe is an option: --epochs 2 --batch-size 50 --optimizer AdamW --optimizer.lr 1e-3 ...
+All of them: python -m fractalnet train --options. SIGTERM writes a checkpoint and exits with 0, Ctrl-C with 130."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,28 +50,59 @@ def whole(least: int):
     return parse
 
 
-def run_train(arguments: argparse.Namespace) -> None:
-    recipe = data.load_recipe(arguments.recipe, epochs=arguments.epochs, batch_size=arguments.batch_size)
-    train.run(recipe, arguments.seed, arguments.out or Path("runs") / recipe.name)
+def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """`rest`: the recipe, if it comes first, and its options, which jsonargparse knows."""
+    first = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if arguments.options:
+        print(config.parser().format_help())
+        return
+    if first and arguments.recipe:
+        raise UserError(f"--recipe: expected one recipe, got {first!r} and {arguments.recipe!r}")
+    name, out = first or arguments.recipe, arguments.out
+    if name is None and arguments.resume and out:
+        name = str(out / "config.yaml")  # what the run was begun with
+    if name is None:
+        raise UserError(f"expected a RECIPE: {', '.join(config.recipes())}, or a YAML file")
+    found, plain = config.load(name, rest, arguments.parser.options())
+    name = config.known_as(name)
+    if arguments.dry_run:
+        from .summary import dry_run
+
+        print(dry_run(found, plain, name))
+        return
+    require("lightning", "torchmetrics", "matplotlib", "tqdm")
+    from . import train
+
+    out = out or Path("runs") / name.replace("/", "-")
+    train.run(found, plain, name, out, arguments.resume, arguments.overwrite)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    model, content = evaluate.unpack(arguments.checkpoint)
-    split = data.load(content["recipe"]["data"])
-    print(evaluate.table(evaluate.measure(model, split.test_x, split.test_y)))
+    model, content = trained.unpack(arguments.checkpoint)
+    loader = trained.holdout(content, arguments.root, arguments.crops)
+    found = evaluate.scores(model, trained.views(loader, arguments.crops))
+    x, _, _ = next(loader.epoch(0))
+    print(evaluate.table(evaluate.measure(model, found, x, loader.count)))
 
 
 def run_anytime(arguments: argparse.Namespace) -> None:
-    model, content = evaluate.unpack(arguments.checkpoint)
-    split = data.load(content["recipe"]["data"])
+    model, content = trained.unpack_fractal(arguments.checkpoint)
+    split = trained.split(content, arguments.root)
     print(evaluate.anytime_table(evaluate.anytime(model, split.test_x, split.test_y), len(split.test_y)))
-    with data.folder_for(arguments.out) if arguments.out else contextlib.nullcontext():
+    with folder_for(arguments.out) if arguments.out else contextlib.nullcontext():
         rows = anytime.measure(model, split.test_x, split.test_y)
         print(f"\n{anytime.table(rows, len(split.test_y))}")
         if arguments.out:
-            data.require("matplotlib")
+            require("matplotlib")
             found = {"images": len(split.test_y), **study.machine(), "rows": rows}
-            data.write(arguments.out, {"anytime.json": study.as_json(found), "anytime.png": plots.early_exit(rows)})
+            write(arguments.out, {"anytime.json": study.as_json(found), "anytime.png": plots.early_exit(rows)})
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    table = outputs.compare(outputs.found(arguments.runs))
+    if not table:
+        raise UserError(f"{arguments.runs}: expected folders of finished runs of the paper's recipes, found none")
+    print(table)
 
 
 def run_depth(arguments: argparse.Namespace) -> None:
@@ -81,7 +115,7 @@ def run_statistics(arguments: argparse.Namespace) -> None:
 
 
 def run_probes(arguments: argparse.Namespace) -> None:
-    probes.run(arguments.checkpoint, arguments.out or Path("runs/probes"))
+    probes.run(arguments.checkpoint, arguments.root, arguments.out or Path("runs/probes"))
 
 
 def listed(parse: Callable[[str], object]) -> Callable[[str], tuple[object, ...]]:
@@ -116,6 +150,13 @@ def kind(text: str) -> str:
     return text
 
 
+def add_checkpoint(command: argparse.ArgumentParser, images: bool = False) -> None:
+    command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+    if images:
+        text = "where its images are, if not where they were in training"
+        command.add_argument("--root", type=Path, metavar="DIR", help=text)
+
+
 def add_studies(commands: argparse._SubParsersAction) -> None:
     top = commands.add_parser("study", help="properties of the paper on real data: depth, probes, statistics")
     top.set_defaults(parser=top)
@@ -137,14 +178,14 @@ def add_studies(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", help="where the results go (default: runs/statistics)", **out)
     command.set_defaults(run=run_statistics, parser=command)
     command = studies.add_parser("probes", help="linear classifiers on the features of every depth of a checkpoint")
-    command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+    add_checkpoint(command, images=True)
     command.add_argument("--out", help="where the results go (default: runs/probes)", **out)
     command.set_defaults(run=run_probes, parser=command)
 
 
 def for_export(arguments: argparse.Namespace) -> FractalNet:
     """The network of --checkpoint, which has the column of --column."""
-    model, _ = evaluate.unpack(arguments.checkpoint)
+    model, _ = trained.unpack_fractal(arguments.checkpoint)
     if arguments.column is not None and arguments.column >= model.columns:
         raise UserError(f"--column: expected 0 to {model.columns - 1}, got {arguments.column}")
     return model
@@ -175,32 +216,40 @@ def run_export(arguments: argparse.Namespace) -> None:
 def parser() -> Parser:
     top = Parser(prog="python -m fractalnet", description="Trains and evaluates FractalNets.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser("train", help="train a network by a recipe, measure it, draw what it learned")
-    command.add_argument("recipe", metavar="RECIPE", help=f"one of: {', '.join(data.recipes())}")
-    command.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: runs/RECIPE)")
-    command.add_argument("--epochs", type=whole(1), metavar="N", help="in place of the recipe's")
-    command.add_argument("--batch-size", type=whole(1), metavar="B", help="in place of the recipe's")
-    command.add_argument(
-        "--seed", type=whole(0), metavar="S", default=0, help="of weights, batches and paths (default: 0)"
-    )
+    text = "train a network by a recipe, measure it, draw what it learned"
+    long = f"Recipes: {', '.join(config.recipes())}, and any YAML file. {EPILOG}"
+    command = commands.add_parser("train", help=text, usage=f"{top.prog} train RECIPE [options]", description=long)
+    command.add_argument("--recipe", metavar="RECIPE", help="in place of the first argument")
+    command.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")
+    text = "go on from the folder's newest checkpoint, or from this one; without RECIPE as the run was begun"
+    command.add_argument("--resume", nargs="?", const="newest", metavar="FILE", help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier run in the folder")
+    command.add_argument("--dry-run", action="store_true", help="print the whole recipe and its costs, train nothing")
+    command.add_argument("--options", action="store_true", help="print every option of recipes")
     command.set_defaults(run=run_train, parser=command)
     for name, run, text in (
         ("eval", run_eval, "accuracy and time of a checkpoint's full network and of each column alone"),
         ("anytime", run_anytime, "a checkpoint's answers, shallow column first, and when they are there"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
-        if name == "anytime":
+        add_checkpoint(command, images=True)
+        if name == "eval":
+            text = "mean of so many views: the corners, the centre, their mirror images"
+            command.add_argument("--crops", type=int, choices=(1, 10), default=1, help=text)
+        else:
             command.add_argument(
                 "--out", type=Path, metavar="DIR", help="where its JSON and plot go (default: nowhere)"
             )
         command.set_defaults(run=run, parser=command)
+    command = commands.add_parser("compare", help="the paper's test errors against those of finished runs")
+    command.add_argument("runs", type=Path, metavar="DIR", nargs="?", default=Path("runs"), help="(default: runs)")
+    command.set_defaults(run=run_compare, parser=command)
     for name, run, text in (
         ("extract", run_extract, "writes one column as a plain network: weights and layers in a safetensors file"),
         ("export", run_export, "writes the full network, or one column, as ONNX or as a torch.export program"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--checkpoint", type=Path, metavar="FILE", required=True, help="a model.pt of train")
+        add_checkpoint(command)
         column = {"type": whole(0), "metavar": "C", "required": name == "extract"}
         command.add_argument("--column", help="this column alone, 0 the shallowest", **column)
         out = "FILE" if name == "extract" else "FILE.onnx|FILE.pt2"
@@ -214,18 +263,22 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments, unknown = parser().parse_known_args(argv)
-    if unknown:
+    arguments, rest = parser().parse_known_args(argv)
+    trains = arguments.run is run_train
+    if rest and not trains:
         command = arguments.parser
-        command.error(f"unknown argument {' '.join(unknown)}; the options are: {command.options()}")
+        command.error(f"unknown argument {' '.join(rest)}; the options are: {command.options()}")
     try:
-        arguments.run(arguments)
+        arguments.run(arguments, rest) if trains else arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return error.status
     return 0
 
 

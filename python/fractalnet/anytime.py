@@ -29,10 +29,10 @@ def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     model.eval()
     rows: list[dict[str, Any]] = []
     calls = {}
-    for name, column in contenders(model).items():
-        calls[name] = lambda _, c=column: model(x, column=c)
-        own = {"name": name, "column": column, "confidence": None, "shares": None}
-        rows.append(own | score(model(x, column=column), y))
+    for name, how in contenders(model).items():
+        calls[name] = lambda _, h=how: model(x, **h)
+        own = {"name": name, "column": how.get("column"), "confidence": None, "shares": None}
+        rows.append(own | score(model(x, **how), y))
     for confidence in CONFIDENCES:
         name = f"confidence {confidence:g}"
         calls[name] = lambda _, p=confidence: early_exit(model, x, p)

@@ -1,27 +1,28 @@
-"""What a trained network is worth: every column by itself, step time and memory against eager, checkpoints."""
+"""What a trained network is worth: every column by itself, and a training step's time and memory against eager."""
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path as FilePath
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import drop_path
-from .data import Recipe, Split, UserError
+from .files import UserError, require
 from .model import FractalNet
+from .plain import PlainNet
+from .zoo import create
 
-__all__ = ["anytime", "anytime_table", "build", "compare_steps", "measure", "pack", "scores", "step_table", "table"]
+if TYPE_CHECKING:
+    from .train import Run
 
-FORMAT = "fractalnet checkpoint 2"
+__all__ = ["anytime", "anytime_table", "build", "compare_steps", "measure", "scores", "step_table", "table"]
+
+Network = FractalNet | PlainNet
 CHUNK = 500  # images at a time where only the result matters
 BATCHES = (1, 100)  # images at a time where time is taken
 TOLERANCE = 1e-3
@@ -29,10 +30,10 @@ BUSY = 1.6  # ninth decile of the times of equal steps against the first: beyond
 PASSES, BUDGET = 5, 20.0  # of a timing: passes over its work at most, and seconds after which no other one begins
 
 
-def build(config: dict[str, Any], what: str) -> FractalNet:
-    """FractalNet(**config); what it does not accept is an error of `what`."""
+def build(arguments: dict[str, Any], what: str) -> Network:
+    """create(**arguments), or FractalNet(**arguments) without a name; what is not accepted is an error of `what`."""
     try:
-        return FractalNet(**config)
+        return create(**arguments) if "name" in arguments else FractalNet(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{what}: {error}") from error
 
@@ -40,9 +41,10 @@ def build(config: dict[str, Any], what: str) -> FractalNet:
 # --- accuracy and time of every column -------------------------------------------------------------
 
 
-def contenders(model: FractalNet) -> dict[str, int | None]:
-    """What can answer: the full network (None) and each column alone."""
-    return {"full": None} | {f"column {c}": c for c in range(model.columns)}
+def contenders(model: Network) -> dict[str, dict[str, Any]]:
+    """What can answer, and how it is called: the full network, and each column alone."""
+    columns = model.columns if isinstance(model, FractalNet) else 0
+    return {"full": {}} | {f"column {c}": {"column": c} for c in range(columns)}
 
 
 def score(logits: Tensor, y: Tensor) -> dict[str, float]:
@@ -52,13 +54,39 @@ def score(logits: Tensor, y: Tensor) -> dict[str, float]:
     }
 
 
+def parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches for `scores`."""
+    return zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+
+
 @torch.no_grad()
-def scores(model: FractalNet, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
-    """Loss and accuracy of the full network and of each column alone."""
+def scores(model: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """Loss and accuracy of the full network and of each column alone; from 20 classes on also of the five best answers.
+
+    Every batch is read once. Images [10, N, ...] are ten crops, of which the probabilities are averaged. Ranks that
+    call it with parts of the batches all get the result of the whole.
+    """
+    require("torchmetrics")
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy
+
     model.eval()
+    classes, device = model.head.out_features, model.head.weight.device
+    ranks = {"accuracy": 1} | ({"accuracy_top5": 5} if classes >= 20 else {})
+    asked = {name: MulticlassAccuracy(classes, k, average="micro") for name, k in ranks.items()}
+    found = {name: (MeanMetric().to(device), MetricCollection(asked).clone().to(device)) for name in contenders(model)}
+    for x, y in batches:
+        for name, how in contenders(model).items():
+            logits = model(x.flatten(0, 1), **how).view(len(x), *y.shape, -1) if x.dim() == 5 else model(x, **how)
+            if x.dim() == 5:
+                logits = logits.softmax(-1).mean(0).log()
+            if len(y):  # a rank's part may be empty, which metrics do not take
+                loss, accuracies = found[name]
+                loss.update(F.cross_entropy(logits, y), len(y))
+                accuracies.update(logits, y)
     return {
-        name: score(torch.cat([model(part, column=column) for part in x.split(CHUNK)]), y)
-        for name, column in contenders(model).items()
+        name: {"loss": loss.compute().item()} | {k: v.item() for k, v in accuracies.compute().items()}
+        for name, (loss, accuracies) in found.items()
     }
 
 
@@ -75,30 +103,31 @@ def alternate(calls: dict[str, Callable[[int], object]], cycle: int, warmup: int
         for name, call in calls.items():
             start = time.perf_counter()
             call(i % cycle)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if i >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 
 @torch.no_grad()
-def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
-    """Per contender: depth, loss and accuracy on x, and the median time per image, one at a time and by the hundred."""
-    results = scores(model, x, y)
+def measure(model: Network, found: dict[str, dict[str, float]], x: Tensor, images: int) -> list[dict[str, Any]]:
+    """Per contender: depth, its scores on so many images, and the median time per image, one and many at a time."""
+    model.eval()
     times: dict[int, dict[str, list[float]]] = {}
     for batch in BATCHES:
-        images = x[:batch]
-        calls = {name: lambda _, c=c: model(images, column=c) for name, c in contenders(model).items()}  # noqa: B023
+        calls = {name: lambda _, h=how: model(x[:batch], **h) for name, how in contenders(model).items()}  # noqa: B023
         times[batch] = alternate(calls, cycle=6)
     return [
         {
             "name": name,
-            "column": column,
-            "depth": model.depth(column),
-            **results[name],
-            "images": len(y),
+            **({"column": None} | how),
+            "depth": model.depth(**how),
+            **found[name],
+            "images": images,
             "ms_per_image": {str(batch): statistics.median(times[batch][name]) / len(x[:batch]) for batch in BATCHES},
         }
-        for name, column in contenders(model).items()
+        for name, how in contenders(model).items()
     ]
 
 
@@ -196,16 +225,17 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
-def compare_steps(model: FractalNet, config: dict[str, Any], split: Split, recipe: Recipe, seed: int) -> dict[str, Any]:
+def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
     """Training steps (zero_grad, forward, backward, SGD) of the fused and the eager network, taken in turn, and what
     one forward pass with nothing dropped saves for backward. The model itself stays as it is: copies are timed.
 
     A figure is the mean over the paths of the median of each one's passes. The eager network draws per-sample masks.
     """
-    x, y = split.train_x[: recipe.batch_size], split.train_y[: recipe.batch_size]
-    fused = FractalNet(**config)
+    x, y, _ = next(this.loader.epoch(0))
+    momentum = this.optimizer.param_groups[0].get("momentum", 0.0)
+    fused = build(this.arguments, this.name).to(x.device)
     fused.load_state_dict(model.state_dict())
-    paths = mixture(model, len(y), 8 * model.columns, seed)
+    paths = mixture(model, len(y), 8 * model.columns, this.config.seed)
     full = drop_path.full_path(len(model.channels), model.columns)
     forwards = {"fused": lambda i: fused(x, path=paths[i % len(paths)])}
     nets: dict[str, nn.Module] = {"fused": fused}
@@ -213,16 +243,17 @@ def compare_steps(model: FractalNet, config: dict[str, Any], split: Split, recip
     if baseline is None:
         print("the eager comparison is left out: benchmarks/ is not importable here (it is in the repository's root)")
     else:
-        keys = ("num_classes", "columns", "channels", "in_channels", "image_size")
-        eager = baseline(**{key: config[key] for key in keys}, local_drop=drop_path.rate(model.local_drop, 0))
+        shape = {"in_channels": x.shape[1], "image_size": model.image_size, "num_classes": model.head.out_features}
+        drop = drop_path.rate(model.local_drop, 0)
+        eager = baseline(columns=model.columns, channels=model.channels, local_drop=drop, **shape).to(x.device)
         eager.load_from(model)
-        hold_together(fused, eager, split.test_x[:100])
+        hold_together(fused, eager, next(this.holdout.epoch(0))[0][:100])
         nets["eager"], forwards["eager"] = eager, lambda i: eager(x)
     saved = {"fused": saved_bytes(fused, lambda: F.cross_entropy(fused(x, path=full), y))}
     if baseline is not None:
         masks = eager.full_masks(len(y))
         saved["eager"] = saved_bytes(eager, lambda: F.cross_entropy(eager(x, masks), y))
-    steps = {name: stepper(net.train(), forwards[name], y, recipe) for name, net in nets.items()}
+    steps = {name: stepper(net.train(), forwards[name], y, momentum) for name, net in nets.items()}
     times = alternate(steps, cycle=len(paths))
     result: dict[str, Any] = {"batch_size": len(y), "paths": len(paths), "passes": len(times["fused"]) // len(paths)}
     for name, ms in times.items():
@@ -247,8 +278,8 @@ def hold_together(fused: nn.Module, eager: nn.Module, x: Tensor) -> None:
         raise RuntimeError(f"the fused and the eager network differ: relative error of the logits {error:.3g}")
 
 
-def stepper(net: nn.Module, forward: Callable[[int], Tensor], y: Tensor, recipe: Recipe) -> Callable[[int], None]:
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=recipe.momentum, fused=True)
+def stepper(net: nn.Module, forward: Callable[[int], Tensor], y: Tensor, momentum: float) -> Callable[[int], None]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=momentum, fused=True)
 
     def step(i: int) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -274,44 +305,3 @@ def step_table(steps: dict[str, Any]) -> str:
         f"\nThe machine was busy: equal steps differ {steps.get('scatter', 0):.1f}-fold. Measure again when it is idle."
     )
     return grid([head, *rows]) + (busy if steps.get("scatter", 0) > BUSY else "")
-
-
-# --- checkpoints -----------------------------------------------------------------------------------
-
-
-def pack(model: FractalNet, config: dict[str, Any], recipe: Recipe, seed: int) -> bytes:
-    """A checkpoint: the state, and what is needed to build the network and to load its data again."""
-    buffer = io.BytesIO()
-    content = {"format": FORMAT, "config": config, "recipe": asdict(recipe), "seed": seed, "state": model.state_dict()}
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def unpack(path: FilePath) -> tuple[FractalNet, dict[str, Any]]:
-    """The network of a checkpoint, and everything else that is in it. Nothing in the file is executed."""
-    what = f"checkpoint {path}"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if broken := archive.testzip():
-                raise UserError(f"{what}: damaged ({broken} does not match its checksum)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{what}: there is no such file") from error
-    except OSError as error:
-        raise UserError(f"{what}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # what a damaged file raises depends on the damage
-        raise UserError(f"{what}: damaged, or not a PyTorch file ({type(error).__name__})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{what}: not written by `python -m fractalnet train` (expected format {FORMAT!r})")
-    try:
-        model = build(content["config"], what)
-        model.load_state_dict(content["state"])
-        recipe = content["recipe"]["data"], content["recipe"]["name"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{what}: its content does not fit ({type(error).__name__}: {reason})") from error
-    if not all(isinstance(value, str) for value in recipe):
-        raise UserError(f"{what}: its content does not fit (no recipe)")
-    return model.eval(), content

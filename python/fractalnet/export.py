@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import data
+from . import files
 from .layers import plain_stem
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, f
         column: this column alone instead of the full network.
         fold: whether batch norms are folded into the convolutions.
     Raises:
-        ImportError: naming the missing package. ValueError: there is no such column. data.UserError: the file cannot
+        ImportError: naming the missing package. ValueError: there is no such column. files.UserError: the file cannot
         be written.
     Example:
         >>> from fractalnet import FractalNet
@@ -198,9 +198,9 @@ def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, f
 def _write(path: str | Path, content: bytes) -> None:
     path = Path(path)
     if path.is_dir():
-        raise data.UserError(f"cannot write to {path}: it is a folder")
-    with data.folder_for(path.parent) as folder:
-        data.write(folder, {path.name: content})
+        raise files.UserError(f"cannot write to {path}: it is a folder")
+    with files.folder_for(path.parent) as folder:
+        files.write(folder, {path.name: content})
 
 
 # --- columns as files --------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def save_column(model: FractalNet, c: int, path: str | Path, *, fold: bool = Fal
     """Writes column c (see ``model.extract_column``) as a safetensors file, its layers as JSON in the header.
 
     Raises:
-        ImportError: safetensors is missing. ValueError: there is no such column. data.UserError: the file cannot be
+        ImportError: safetensors is missing. ValueError: there is no such column. files.UserError: the file cannot be
         written.
     """
     _require("save_column", "safetensors")

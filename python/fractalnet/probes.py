@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import data, drop_path, evaluate, plots, study
-from .data import Split
+from . import drop_path, evaluate, plots, study, trained
+from .files import folder_for, require, write
 from .fused import ACTIVATIONS, Block
 from .model import FractalNet
+from .sources import Split
 
 __all__ = ["features", "joins", "measure", "run", "table"]
 
@@ -110,15 +111,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return evaluate.grid([head, *lines])
 
 
-def run(checkpoint: Path, out: Path) -> list[dict[str, Any]]:
+def run(checkpoint: Path, root: Path | None, out: Path) -> list[dict[str, Any]]:
     """Probes a checkpoint, prints and writes: what `python -m fractalnet study probes` does."""
-    data.require("sklearn", "matplotlib")
-    model, content = evaluate.unpack(checkpoint)
-    with data.folder_for(out):
-        split = data.load(content["recipe"]["data"])
-        rows = measure(model, split)
-        found = {"recipe": content["recipe"], "seed": content["seed"], **study.machine(), "data": split.describe()}
+    require("sklearn", "matplotlib")
+    model, content = trained.unpack_fractal(checkpoint)
+    with folder_for(out):
+        rows = measure(model, trained.split(content, root))
+        found = {"recipe": content["recipe"], "seed": content["config"]["seed"], **study.machine()}
         files = {"probes.json": study.as_json(found | {"rows": rows}), "probes.png": plots.probes(rows)}
-        data.write(out, files)
+        write(out, files)
         print(f"{table(rows)}\n\nwrote {', '.join(files)} to {out}")
     return rows

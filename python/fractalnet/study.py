@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data, drop_path, evaluate, plots, train
-from .data import Recipe, Split
+from . import drop_path, evaluate, outputs, plots, sources
+from .augment import Augment
+from .config import Schedule
+from .files import folder_for, require, write
 from .model import FractalNet
 from .plain import PlainNet
+from .schedules import factor
 
 __all__ = ["depth", "depth_table", "fit", "losses", "statistics", "statistics_table"]
 
@@ -39,16 +42,32 @@ DROPS: dict[str, dict[str, float]] = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """SGD, its learning rate falling to zero along a half cosine; images moved by up to `shift` pixels."""
+
+    epochs: int
+    lr: float
+    batch_size: int = BATCH
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    shift: int = 0
+
+
+DEMO = {"columns": 3, "channels": (32, 64, 128)}  # the network of `make demo`
+
+
 # --- depth -----------------------------------------------------------------------------------------
 
 
-def network(kind: str, columns: int, split: Split) -> FractalNet | PlainNet:
+def network(kind: str, columns: int, data: sources.Dataset) -> FractalNet | PlainNet:
     """A network of B * 2**(C-1) layers: "plain", or a FractalNet that drops nothing ("whole"), "local"ly or by the
     "mixture"."""
-    shape = {"in_channels": split.train_x.shape[1], "image_size": split.train_x.shape[2]}
+    shape = {"num_classes": len(data.classes), "in_channels": data.channels, "image_size": data.image_size}
     if kind == "plain":
-        return PlainNet(split.classes, 2 ** (columns - 1), CHANNELS, **shape)
-    return FractalNet(split.classes, columns, CHANNELS, **shape, **DROPS[kind])
+        return PlainNet(depth_per_block=2 ** (columns - 1), channels=CHANNELS, **shape)
+    return FractalNet(columns=columns, channels=CHANNELS, **shape, **DROPS[kind])
 
 
 def contenders(model: FractalNet | PlainNet) -> dict[str, dict[str, Any]]:
@@ -73,26 +92,29 @@ def losses(model: FractalNet | PlainNet, x: Tensor, y: Tensor, batch: int = 100)
     }
 
 
-def fit(model: FractalNet | PlainNet, split: Split, recipe: Recipe, seed: int, bar: Any) -> dict[str, Any]:
+def fit(model: FractalNet | PlainNet, data: sources.Dataset, recipe: Recipe, seed: int, bar: Any) -> dict[str, Any]:
     """Trains in place; the losses of the first WATCHED training images before it, every few epochs, and after it.
 
     One seed gives every kind of network the same batches: drop-path draws from a generator of its own. The seconds are
     the processor's, of the training alone.
     """
     images, paths = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1_000_000))
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, fused=True)
-    x, y = split.train_x[:WATCHED], split.train_y[:WATCHED]
+    options = {key: getattr(recipe, key) for key in ("lr", "momentum", "nesterov", "weight_decay")}
+    optimizer = torch.optim.SGD(model.parameters(), fused=True, **options)
+    augment = Augment.of(data, translate=recipe.shift, padding="black")
+    pixels, labels = data.train.x, data.train.y
+    x, y = augment.eval()(pixels[:WATCHED]), labels[:WATCHED]
     history = [{"epoch": 0, "losses": losses(model, x, y)}]
-    steps = recipe.epochs * math.ceil(len(split.train_y) / recipe.batch_size)
-    step, seconds = 0, 0.0
+    steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
+    step, seconds, cosine = 0, 0.0, Schedule("cosine")
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         start = time.process_time()
-        for part, labels in data.batches(split, recipe, images):
+        for part in torch.randperm(len(labels), generator=images).split(recipe.batch_size):
             for group in optimizer.param_groups:
-                group["lr"] = train.cosine(recipe.lr, step, steps)
-            how = {"path": model.sample_path(len(labels), paths)} if isinstance(model, FractalNet) else {}
-            loss = F.cross_entropy(model(part, **how), labels)
+                group["lr"] = recipe.lr * factor(cosine, step / steps, 1)
+            how = {"path": model.sample_path(len(part), paths)} if isinstance(model, FractalNet) else {}
+            loss = F.cross_entropy(model(augment(pixels[part], (seed, step)), **how), labels[part])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -118,31 +140,36 @@ def depth(
     columns: Sequence[int], epochs: int, seeds: Sequence[int], lr: float, kinds: Sequence[str], out: Path
 ) -> dict[str, Any]:
     """Plain and fractal networks of growing depth, trained alike: what `python -m fractalnet study depth` does."""
-    data.require("sklearn", "matplotlib", "tqdm")
+    require("sklearn", "matplotlib", "tqdm")
     from tqdm import tqdm
 
-    recipe = Recipe("depth", "digits", {"channels": CHANNELS}, epochs, BATCH, lr)
-    with data.folder_for(out):
-        split = data.load(recipe.data)
+    recipe = Recipe(epochs, lr)
+    with folder_for(out):
+        data = sources.load("digits")
+        split = sources.tensors(data)
         runs: list[dict[str, Any]] = []
         total = len(columns) * len(kinds) * len(seeds) * epochs
-        quiet = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of the bar: a log needs fewer
-        with tqdm(total=total, unit="epoch", dynamic_ncols=True, mininterval=quiet) as bar:
+        with tqdm(total=total, unit="epoch", dynamic_ncols=True, mininterval=quiet()) as bar:
             for count in columns:
                 for kind in kinds:
                     for seed in seeds:
                         bar.set_description(f"{plots.KINDS[kind][1]}, C = {count}", refresh=False)
                         torch.manual_seed(seed)
-                        model = network(kind, count, split)
-                        trained = fit(model, split, recipe, seed, bar)
+                        model = network(kind, count, data)
+                        trained = fit(model, data, recipe, seed, bar)
                         run = {"kind": kind, "columns": count, "depth": model.depth(), "seed": seed}
                         run["parameters"] = sum(p.numel() for p in model.parameters())
                         runs.append(run | trained | {"holdout": answers(model, split.test_x, split.test_y)})
-        found = report(recipe, split) | {"watched": WATCHED, "runs": runs}
+        found = report(recipe, data) | {"channels": CHANNELS, "watched": WATCHED, "runs": runs}
         files = {"depth.json": as_json(found), "depth.png": plots.depth(runs), "columns.png": plots.columns(runs)}
-        data.write(out, files)
+        write(out, files)
         print(f"\n{depth_table(runs)}\n\nwrote {', '.join(files)} to {out}")
     return found
+
+
+def quiet() -> float:
+    """Seconds between two states of a bar: a log needs fewer."""
+    return 0.5 if sys.stderr.isatty() else 30
 
 
 def mean(values: Sequence[float]) -> float:
@@ -181,40 +208,44 @@ def statistics(epochs: int, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     One training per seed and number of sets. Statistics do not act on training, so both reach the same weights; what
     differs is what they are evaluated with.
     """
-    data.require("sklearn", "matplotlib", "tqdm", "yaml")
-    recipe = data.load_recipe("digits", epochs=epochs)
-    with data.folder_for(out):
-        split = data.load(recipe.data)
-        runs = [statistics_run(recipe, split, seed) for seed in seeds]
-        found = report(recipe, split) | {"runs": runs}
+    require("sklearn", "matplotlib", "tqdm")
+    from tqdm import tqdm
+
+    recipe = Recipe(epochs, 0.02, batch_size=64, nesterov=True, weight_decay=5e-4, shift=1)
+    with folder_for(out):
+        data = sources.load("digits")
+        with tqdm(total=2 * len(seeds) * epochs, unit="epoch", dynamic_ncols=True, mininterval=quiet()) as bar:
+            runs = [statistics_run(recipe, data, seed, bar) for seed in seeds]
+        found = report(recipe, data) | {"network": DEMO, "runs": runs}
         files = {"statistics.json": as_json(found)}
-        data.write(out, files)
+        write(out, files)
         print(f"\n{statistics_table(runs)}\n\nwrote {', '.join(files)} to {out}")
     return found
 
 
-def statistics_run(recipe: Recipe, split: Split, seed: int) -> dict[str, Any]:
+def statistics_run(recipe: Recipe, data: sources.Dataset, seed: int, bar: Any) -> dict[str, Any]:
     """Hold-out loss and accuracy of the full network and the deepest column alone, by where the statistics are from."""
-    shape = {"in_channels": split.train_x.shape[1], "image_size": split.train_x.shape[2]}
-    scores: dict[str, Any] = {}
+    shape = {"num_classes": len(data.classes), "in_channels": data.channels, "image_size": data.image_size}
+    split = sources.tensors(data)
+    found: dict[str, Any] = {}
     weights: list[list[Tensor]] = []
     for sets in (False, True):
         torch.manual_seed(seed)
-        model = evaluate.build({"num_classes": split.classes, **recipe.model, **shape, "split_stats": sets}, "study")
-        train.fit(model, split, recipe, seed)
+        model = FractalNet(**DEMO, **shape, split_stats=sets)
+        fit(model, data, recipe, seed, bar)
         deepest = model.columns - 1
         weights.append([p.detach().clone() for p in model.parameters()])
-        scores["two sets" if sets else "one set"] = two(model, split)
+        found["two sets" if sets else "one set"] = two(model, split)
         loader = split.train_x.split(recipe.batch_size)
         full = two(model.recalibrate(loader), split)["full"]
         alone = two(model.recalibrate(loader, deepest), split)["deepest column"]
-        scores[("two sets" if sets else "one set") + ", recalibrated"] = {"full": full, "deepest column": alone}
+        found[("two sets" if sets else "one set") + ", recalibrated"] = {"full": full, "deepest column": alone}
     same = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    return {"seed": seed, "scores": scores, "same_weights": same}
+    return {"seed": seed, "scores": found, "same_weights": same}
 
 
-def two(model: FractalNet, split: Split) -> dict[str, dict[str, float]]:
-    scores = evaluate.scores(model, split.test_x, split.test_y)
+def two(model: FractalNet, split: sources.Split) -> dict[str, dict[str, float]]:
+    scores = answers(model, split.test_x, split.test_y)
     return {"full": scores["full"], "deepest column": scores[f"column {model.columns - 1}"]}
 
 
@@ -237,13 +268,13 @@ def statistics_table(runs: Sequence[dict[str, Any]]) -> str:
 
 def machine() -> dict[str, Any]:
     """What a run ran on; not the exact kernel, which says nothing about results that are kept."""
-    versions = train.versions() | {"system": f"{platform.system()} {platform.machine()}"}
+    versions = outputs.versions() | {"system": f"{platform.system()} {platform.machine()}"}
     return {"versions": versions, "threads": torch.get_num_threads()}
 
 
-def report(recipe: Recipe, split: Split) -> dict[str, Any]:
+def report(recipe: Recipe, data: sources.Dataset) -> dict[str, Any]:
     """What belongs beside the figures of a run."""
-    return {"recipe": asdict(recipe), **machine(), "data": split.describe()}
+    return {"recipe": asdict(recipe), **machine(), "data": data.describe()}
 
 
 def as_json(found: dict[str, Any]) -> bytes:

@@ -1,137 +1,360 @@
-"""Training a FractalNet by a recipe, and the files that a run leaves."""
+"""Training by a recipe, on one device or many: the loop, and what it needs to go on exactly where it stopped.
+
+Whatever is random follows from the seed and the place in the training: the order of images and their views (Loader),
+dropout, and the paths of drop-path. So a checkpoint holds the weights, running statistics, optimizer, scaler and
+schedule, and the place; there is no state of generators or workers that could be lost.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import platform
+import signal
 import sys
 import time
-from dataclasses import asdict
-from importlib import metadata
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fractal_kernels import available_backends
-
-from . import data, evaluate, plots
-from .data import Recipe, Split
+from . import checkpoints, evaluate, outputs, sources
+from .augment import Augment
+from .config import FREE, Config
+from .drop_path import Path, generator_for, tied_loss
+from .files import Stopped, UserError, folder_for, require
+from .loader import Loader
 from .model import FractalNet
+from .plain import PlainNet
+from .schedules import scheduler as scheduler_for
 
-__all__ = ["fit", "run"]
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+__all__ = ["Run", "run"]
+
+PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
+AGREE_EVERY = 10  # steps between two looks at whether a rank was told to stop
 
 
-def cosine(lr: float, step: int, steps: int) -> float:
-    """The learning rate at one of `steps` steps: from lr to zero along a half cosine."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+def stopped(came: list[int], checkpoint: FilePath) -> Stopped:
+    """SIGTERM, a machine that is taken back, ends with status 0: what can be done is done. Ctrl-C ends with 130."""
+    text = f"stopped; {checkpoint} is written, --resume goes on from there"
+    return Stopped(text, 130 if came and came[0] == signal.SIGINT else 0)
 
 
-def fit(model: FractalNet, split: Split, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Trains in place, a new drop-path subnetwork every batch; returns the history and the seconds it took.
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT as they come; a second SIGINT interrupts at once."""
+    came: list[int] = []
 
-    After every epoch the full network and every column alone are evaluated on the hold-out. Nothing is chosen by
-    that: the model is the one after the last epoch.
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fabric_for(config: Config) -> Fabric:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    def shard(model: nn.Module, _: object) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)  # over all ranks: Fabric's own mesh splits data over nodes alone
+
+    if config.strategy == "fsdp":
+        strategy: Any = ModelParallelStrategy(shard, save_distributed_checkpoint=False, timeout=TIMEOUT)
+    elif config.strategy == "ddp" or config.devices != "1" or config.nodes > 1:
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=TIMEOUT)
+    else:
+        strategy = "auto"
+    exact = "highest" if config.precision != "tf32" else "high"
+    torch.set_float32_matmul_precision(exact)
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    try:
+        return Fabric(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=strategy,
+            precision=PRECISION[config.precision],
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from error
+    except Exception as error:  # lightning's own MisconfigurationException
+        raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
+    """The network of a recipe for these images, and all the arguments that make it."""
+    size = dataset.image_size
+    shape = {"num_classes": len(dataset.classes), "in_channels": dataset.channels, "image_size": size}
+    arguments = {**shape, **config.network}
+    return evaluate.build(arguments, what), arguments
+
+
+class Run:
+    """A training on one rank: all of its state, one method per thing that is done with it."""
+
+    def __init__(self, config: Config, plain: dict[str, Any], name: str, fabric: Fabric) -> None:
+        self.config, self.plain, self.name, self.fabric = config, plain, name, fabric
+        with fabric.rank_zero_first():
+            self.data = sources.load(config.data.source, config.data.root, config.data.image_size)
+        options = {key: getattr(config.data, key) for key in ("mirror", "translate", "padding", "normalise")}
+        self.augment = Augment.of(self.data, **options)
+        common = {"seed": config.seed, "device": fabric.device, "workers": config.data.workers}
+        common |= {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        self.loader = Loader(self.data.train, config.batch_size, augment=self.augment, **common)
+        size = max(evaluate.CHUNK if not self.data.streamed else config.batch_size, fabric.world_size)
+        self.holdout = Loader(self.data.test, size, augment=self.augment.eval(), shuffle=False, **common)
+
+        torch.manual_seed(config.seed)
+        self.net, self.arguments = network(config, self.data, f"recipe {name}")
+        if isinstance(self.net, FractalNet):
+            self.net.path_seed = config.seed
+        self.net = fabric.strategy.precision.convert_module(self.net).to(fabric.device)
+        self.average = self._average()
+        if fabric.world_size > 1 and config.sync_bn:
+            self._synchronise()
+        model = torch.compile(self.net) if config.compile else self.net
+        self.model = fabric.setup_module(model)
+        try:
+            self.optimizer = fabric.setup_optimizers(config.optimizer(self.net.parameters()))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"recipe {name}: optimizer: {' '.join(str(error).split())}") from error
+        steps = -(-len(self.loader) // config.accumulate)  # of an epoch
+        self.scheduler = scheduler_for(self.optimizer, config.schedule, config.epochs, steps)
+        self.epoch = self.batch = 0  # what comes next
+        self.loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # of this epoch's images so far, summed
+        self.best: dict[str, Any] = {"accuracy": -1.0, "checkpoint": None}
+        self.rate = 0.0  # of the last step
+        self.history: list[dict[str, Any]] = []
+
+    def _average(self) -> Any:
+        if self.config.ema is None:
+            return None
+        if self.config.strategy == "fsdp":
+            raise UserError("train: --ema: expected strategy auto or ddp beside it, got fsdp")
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        averaging = get_ema_multi_avg_fn(self.config.ema)
+        return AveragedModel(self.net, multi_avg_fn=averaging, use_buffers=True)
+
+    def _synchronise(self) -> None:
+        from fractal_kernels import sync_batch_norm
+
+        try:
+            self.net.sync_batch_norm() if isinstance(self.net, FractalNet) else sync_batch_norm(self.net)
+        except ValueError as error:
+            raise UserError(f"train: {error}; --sync_bn false keeps statistics per rank") from error
+
+    @property
+    def subject(self) -> FractalNet | PlainNet:
+        """What is evaluated and kept."""
+        return self.average.module if self.average is not None else self.net
+
+    # --- a step ------------------------------------------------------------------------------------
+
+    def step(self, x: Tensor, y: Tensor, size: int) -> None:
+        """Forward and backward of a batch of which this rank has a part; the optimizer's step when its group is full.
+
+        Ranks have parts of different sizes, and their gradients are averaged: so every rank divides its summed loss by
+        the images of all ranks, and multiplies by the number of ranks.
+        """
+        config, accumulate = self.config, self.config.accumulate
+        first = self.batch - self.batch % accumulate
+        images = min(accumulate * config.batch_size, self.loader.count - first * config.batch_size)
+        full = (self.batch + 1) % accumulate == 0 or self.batch + 1 == len(self.loader)
+        place = (config.seed, self.epoch, self.batch, self.fabric.global_rank)
+        torch.manual_seed(generator_for(*place).initial_seed())  # of dropout
+
+        def criterion(logits: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing, reduction="sum")
+
+        # Not enabled=False: Fabric's context for sharded models would leave them unsynchronised behind it.
+        with nullcontext() if full else self.fabric.no_backward_sync(self.model):
+            loss = tied_loss(self.forward(x, size), y, criterion)
+            self.fabric.backward(loss * (self.fabric.world_size / images))
+        self.loss += loss.detach()
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        self.batch += 1
+        if full:
+            if config.clip is not None:
+                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update_parameters(self.net)
+            self.scheduler.step()
+
+    def forward(self, x: Tensor, size: int) -> Tensor:
+        """Logits of this rank's part; the path is that of the whole batch on every rank."""
+        if not isinstance(self.net, FractalNet) or self.net.global_mode == "tied":
+            return self.model(x)
+        path = self.net.sample_path(size, generator_for(self.net.path_seed, self.net.path_step))
+        if path.keep.dim() == 4:
+            path = Path(path.keep[..., slice(*self.loader.part(size))])
+        return self.model(x, path=path)
+
+    # --- an epoch ----------------------------------------------------------------------------------
+
+    def train_epoch(self, out: FilePath, bar: Any, came: list[int]) -> float:
+        """What is left of an epoch; returns the seconds that went into steps."""
+        config, inside = self.config, 0.0
+        self.model.train()
+        for x, y, size in self.loader.epoch(self.epoch, self.batch):
+            begun = time.perf_counter()
+            self.step(x, y, size)
+            inside += time.perf_counter() - begun
+            bar.update()
+            complete = self.batch % config.accumulate == 0 and self.batch < len(self.loader)
+            if complete and self.told(came):
+                raise stopped(came, self.save(out))
+            if complete and config.save_every and self.batch % config.save_every == 0:
+                self.save(out)
+        return inside
+
+    def told(self, came: list[int]) -> bool:
+        """Whether any rank was told to stop; all ranks get the same answer."""
+        if self.fabric.world_size == 1:
+            return bool(came)
+        if self.batch // self.config.accumulate % AGREE_EVERY:
+            return False
+        flag = torch.tensor(float(bool(came)), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        dtype = torch.float64 if self.config.precision == "fp64" else torch.float32
+        with self.fabric.autocast():
+            batches = ((x.to(dtype), y) for x, y, _ in self.holdout.epoch(0))
+            return evaluate.scores(self.subject, batches)
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """The epoch's row of the log; what comes next is the next epoch."""
+        total = self.fabric.all_reduce(self.loss, reduce_op="sum").item() / self.loader.count
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss.zero_()
+        row: dict[str, Any] = {"epoch": self.epoch, "lr": self.rate, "train_loss": total}
+        if not total < float("inf"):
+            raise UserError(f"the loss is {total} in epoch {self.epoch}: the training has diverged; lower the lr")
+        if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
+            row["holdout"] = self.scores()
+        self.history.append(row)
+        return row
+
+    # --- checkpoints -------------------------------------------------------------------------------
+
+    def state(self, log: int = 0) -> dict[str, Any]:
+        state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state | {
+            "scaler": self.fabric.strategy.precision.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "place": {"epoch": self.epoch, "batch": self.batch, "loss": self.loss, "best": self.best},
+            "log": log,  # bytes of metrics.jsonl that belong to this state
+            "run": {"recipe": self.name, "config": json.dumps(self.plain), "data": self.data.fingerprint},
+        }
+
+    def save(self, out: FilePath) -> FilePath:
+        """A checkpoint of this moment."""
+        step = self.epoch * len(self.loader) + self.batch
+        path = checkpoints.save(self.fabric, out / "checkpoints", step, self.state(outputs.log_size(out)))
+        if self.fabric.is_global_zero:
+            checkpoints.prune(out / "checkpoints", self.config.keep, self.best["checkpoint"])
+        return path
+
+    def save_epoch(self, out: FilePath, row: dict[str, Any]) -> None:
+        accuracy = row.get("holdout", {}).get("full", {}).get("accuracy", -1.0)
+        if accuracy > self.best["accuracy"]:
+            self.best = {"accuracy": accuracy, "checkpoint": f"step-{self.epoch * len(self.loader):09d}.ckpt"}
+        self.save(out)
+
+    def resume(self, out: FilePath, path: FilePath) -> None:
+        """Goes back to the moment of a checkpoint; the log forgets what came after it."""
+        state = self.state()
+        checkpoints.load(self.fabric, path, state)
+        try:
+            run, place = state["run"], state["place"]
+            differ = outputs.differences(json.loads(run["config"]), self.plain, FREE)
+            if differ:
+                raise UserError(f"checkpoint {path}: written under other options: {'; '.join(differ)}")
+            if run["data"] != self.data.fingerprint:
+                raise UserError(f"checkpoint {path}: {self.data.name} holds other images now than when it was written")
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.fabric.strategy.precision.load_state_dict(state["scaler"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.batch, self.best = place["epoch"], place["batch"], place["best"]
+            self.loss.copy_(place["loss"])
+            log = state["log"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"checkpoint {path}: its content does not fit ({type(error).__name__}: {error})") from error
+        self.history = outputs.rewind(out, log, self.fabric.is_global_zero)
+        self.fabric.barrier()
+
+
+def run(
+    config: Config, plain: dict[str, Any], name: str, out: FilePath, resume: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Trains, measures, prints and writes: what `python -m fractalnet train` does. Returns what metrics.json holds.
+
+    Args:
+        config, plain: of `config.load`. name: of the recipe. out: the run folder.
+        resume: "newest", or a checkpoint of the folder. overwrite: an earlier run in the folder may go.
+    Raises:
+        UserError: what the caller can mend. Stopped: SIGTERM or SIGINT came, and a checkpoint is written.
     """
+    require("lightning", "torchmetrics", "matplotlib", "tqdm", "yaml")
+    fabric = fabric_for(config)
+    fabric.launch()
+    with folder_for(out), signals() as came:
+        checkpoint = outputs.prepare(fabric, out, resume, overwrite)
+        this = Run(config, plain, name, fabric)
+        if checkpoint is not None:
+            this.resume(out, checkpoint)
+        log = outputs.Log(fabric, out, config, len(this.loader) * this.epoch + this.batch, len(this.loader))
+        log.begin(name, plain, this.data.describe())
+        outputs.introduce(this)
+        train(this, out, log, came)
+        metrics = outputs.conclude(this, out)
+        fabric.barrier()
+    return metrics
+
+
+def train(this: Run, out: FilePath, log: outputs.Log, came: list[int]) -> None:
+    """From where the run is to its last epoch."""
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(seed)  # of batches; paths have their own sequence
-    model.path_seed, model.path_step = seed, 0
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    per_epoch = math.ceil(len(split.train_y) / recipe.batch_size)
-    steps, step = recipe.epochs * per_epoch, 0
-    history: list[dict[str, Any]] = []
-    spent_evaluating = 0.0
-    start = time.perf_counter()
-    quiet = 0.1 if sys.stderr.isatty() else 10  # seconds between two states of the bar: a log needs fewer
-    with tqdm(total=steps, desc="training", unit="batch", mininterval=quiet, dynamic_ncols=True) as bar:
-        for epoch in range(1, recipe.epochs + 1):
-            model.train()
-            total = 0.0
-            for x, y in data.batches(split, recipe, generator):
-                rate = cosine(recipe.lr, step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(y)
-                step += 1
-                bar.update()
-            now = time.perf_counter()
-            scores = evaluate.scores(model, split.test_x, split.test_y)
-            spent_evaluating += time.perf_counter() - now
-            mean = total / len(split.train_y)
-            history.append({"epoch": epoch, "lr": rate, "train_loss": mean, "holdout": scores})
-            if not math.isfinite(mean):
-                raise data.UserError(f"the loss is {mean} in epoch {epoch}: the training has diverged; lower the lr")
-            full = scores["full"]["accuracy"]
-            bar.set_postfix_str(f"epoch {epoch}/{recipe.epochs}, hold-out {full:.1%}", refresh=False)
-    seconds = time.perf_counter() - start
-    return {"history": history, "seconds": seconds, "seconds_evaluating": spent_evaluating}
-
-
-def versions() -> dict[str, str]:
-    """What this run ran on."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
-    for package in ("fractal-kernels", "torch", "numpy", "scikit-learn", "matplotlib"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            found[package] = str(getattr(sys.modules.get(package.replace("-", "_")), "__version__", "not installed"))
-    return found
-
-
-def run(recipe: Recipe, seed: int, out: Path) -> dict[str, Any]:
-    """Trains, measures, prints and writes: what `python -m fractalnet train` does. Returns what metrics.json holds."""
-    data.require("sklearn", "matplotlib", "tqdm", "yaml")
-    with data.folder_for(out):
-        split = data.load(recipe.data)
-        torch.manual_seed(seed)
-        shape = {"in_channels": split.train_x.shape[1], "image_size": split.train_x.shape[2]}
-        config = {"num_classes": split.classes, **recipe.model, **shape}
-        model = evaluate.build(config, f"recipe {recipe.name}")
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"{recipe.name}: {len(split.train_y)} training and {len(split.test_y)} hold-out images; "
-            f"FractalNet of {model.columns} columns, {len(model.channels)} blocks, {model.depth()} layers, "
-            f"{parameters:,} parameters; {recipe.epochs} epochs on {torch.get_num_threads()} threads"
-        )
-        trained = fit(model, split, recipe, seed)
-        print(f"trained in {trained['seconds']:.0f} s; measuring ...")
-        columns = evaluate.measure(model, split.test_x, split.test_y)
-        steps = evaluate.compare_steps(model, config, split, recipe, seed)
-        metrics = {
-            "recipe": asdict(recipe),
-            "seed": seed,
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "backends": list(available_backends()),
-            "data": split.describe(),
-            "parameters": parameters,
-            "training_seconds": trained["seconds"],
-            "evaluating_seconds": trained["seconds_evaluating"],
-            "columns": columns,
-            "steps": steps,
-            "history": trained["history"],
-        }
-        files = {
-            "model.pt": evaluate.pack(model, config, recipe, seed),
-            "metrics.json": (json.dumps(metrics, indent=1) + "\n").encode(),
-            "loss.png": plots.losses(trained["history"]),
-            "accuracy.png": plots.accuracies(columns),
-            "steps.png": plots.steps(steps),
-        }
-        data.write(out, files)
-        print(f"\n{evaluate.table(columns)}\n\n{evaluate.step_table(steps)}\n\nwrote {', '.join(files)} to {out}")
-    return metrics
+    batches, epochs = len(this.loader), this.config.epochs
+    look = {"desc": "training", "unit": "batch", "dynamic_ncols": True, "disable": not this.fabric.is_global_zero}
+    look["mininterval"] = 0.1 if sys.stderr.isatty() else 10  # seconds between two states: a log needs fewer
+    with tqdm(total=batches * epochs, initial=batches * this.epoch + this.batch, **look) as bar:
+        while this.epoch < epochs:
+            begun, first = time.perf_counter(), this.batch
+            inside = this.train_epoch(out, bar, came)
+            trained = time.perf_counter()
+            row = this.finish_epoch()
+            log.write(row, this.history)
+            this.save_epoch(out, row)
+            times = {"epoch": this.epoch, "batches": batches - first, "seconds": trained - begun}
+            log.time(times | {"in_steps": inside, "evaluating_and_saving": time.perf_counter() - trained})
+            if "holdout" in row:
+                full = row["holdout"]["full"]["accuracy"]
+                bar.set_postfix_str(f"epoch {this.epoch}/{epochs}, hold-out {full:.1%}", refresh=False)
+            if this.epoch < epochs and this.told(came):
+                raise stopped(came, checkpoints.saved(out / "checkpoints")[-1])

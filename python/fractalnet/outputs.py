@@ -1,0 +1,301 @@
+"""The run folder: what goes on, row by row, and what is left of it in the end.
+
+config.yaml (itself a recipe), environment.json, metrics.jsonl (a row per epoch) and the same as metrics.csv,
+tensorboard/, timing.jsonl, checkpoints/; at the end model.pt, metrics.json, report.md and the plots. Times are in
+timing.jsonl, metrics.json, the report and TensorBoard's events alone: a resumed run leaves the same bytes everywhere
+else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fractal_kernels import available_backends
+
+from . import checkpoints, evaluate, plots, trained
+from .config import Config, paper
+from .files import UserError, write
+from .model import FractalNet
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from .train import Run
+
+__all__ = ["Log", "compare", "conclude", "differences", "flat", "introduce", "prepare", "versions"]
+
+ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
+PACKAGES = (
+    "fractal-kernels",
+    "torch",
+    "triton",
+    "numpy",
+    "lightning",
+    "torchmetrics",
+    "kornia",
+    "datasets",
+    "scikit-learn",
+)
+
+
+# --- before --------------------------------------------------------------------------------------
+
+
+def prepare(fabric: Fabric, out: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Makes the folder ready on the first rank; the checkpoint to go on from, or None. Every rank calls it."""
+    folder, found = out / "checkpoints", checkpoints.saved(out / "checkpoints")
+    if resume is None and not overwrite and (found or (out / ROWS).exists()):
+        raise UserError(
+            f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another folder"
+        )
+    if resume == "newest" and not found:
+        raise UserError(f"--resume: there is no checkpoint in {folder}")
+    checkpoint = None if resume is None else found[-1] if resume == "newest" else Path(resume)
+    if checkpoint is not None:
+        checkpoints.prove(checkpoint)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        if checkpoint is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(out / "tensorboard", ignore_errors=True)
+            for name in (ROWS, TIMES):
+                (out / name).unlink(missing_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {out}: {error.strerror or error}") from error
+        for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+    fabric.barrier()
+    return checkpoint
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots in its keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return result
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: Iterable[str]) -> list[str]:
+    """The options in which two configurations differ, but for the free ones."""
+    a, b = flat(old), flat(new)
+    keys = [key for key in dict.fromkeys((*a, *b)) if key not in tuple(free) and a.get(key) != b.get(key)]
+    return [f"--{key} was {a.get(key)}, is {b.get(key)}" for key in keys]
+
+
+def log_size(out: Path) -> int:
+    return (out / ROWS).stat().st_size if (out / ROWS).exists() else 0
+
+
+def rewind(out: Path, size: int, first: bool) -> list[dict[str, Any]]:
+    """The log as it was when it had so many bytes; the rest is cut off (by the first rank)."""
+    path = out / ROWS
+    if log_size(out) < size:
+        raise UserError(
+            f"{path}: expected {size} bytes or more, as when the checkpoint was written, got {log_size(out)}"
+        )
+    text = path.read_bytes()[:size] if size else b""
+    if first and path.exists():
+        os.truncate(path, size)
+    return [json.loads(line) for line in text.decode().splitlines()]
+
+
+# --- while it runs -------------------------------------------------------------------------------
+
+
+class Log:
+    """Rows and times as files, and as TensorBoard's events; on the first rank alone."""
+
+    def __init__(self, fabric: Fabric, out: Path, config: Config, step: int, batches: int) -> None:
+        self.out, self.first, self.batches, self.board = out, fabric.is_global_zero, batches, None
+        if self.first and config.tensorboard:
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            self.board = TensorBoardLogger(out, name="", version="tensorboard", purge_step=step)
+
+    def begin(self, name: str, plain: dict[str, Any], data: dict[str, Any]) -> None:
+        if not self.first:
+            return
+        import yaml
+
+        text = (
+            f"# {name}: python -m fractalnet train config.yaml does it again\n{yaml.safe_dump(plain, sort_keys=False)}"
+        )
+        files = {"config.yaml": text.encode(), "environment.json": as_json(environment() | {"data": data})}
+        write(self.out, files)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        try:
+            with open(self.out / name, "ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            whole = checkpoints.saved(self.out / "checkpoints")
+            last = f"; the last good checkpoint is {whole[-1]}" if whole else ""
+            raise UserError(f"cannot write {self.out / name}: {error.strerror or error}{last}") from error
+
+    def write(self, row: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        """A row of metrics; `history` is all of them."""
+        if not self.first:
+            return
+        self._append(ROWS, row)
+        rows = [flat(r) for r in history]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(dict.fromkeys(key for r in rows for key in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write(self.out, {"metrics.csv": buffer.getvalue().encode()})
+        if self.board is not None:
+            self.board.log_metrics({k.replace(".", "/"): v for k, v in rows[-1].items()}, row["epoch"] * self.batches)
+            self.board.save()
+
+    def time(self, row: dict[str, Any]) -> None:
+        if self.first:
+            self._append(TIMES, row)
+
+
+def versions() -> dict[str, str]:
+    """What this run ran on."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            found[package] = str(getattr(sys.modules.get(package.replace("-", "_")), "__version__", "not installed"))
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, and the commit of the checkout that runs, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "not a checkout"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "backends": list(available_backends()),
+    }
+
+
+def as_json(values: Any) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def introduce(this: Run) -> None:
+    """The run in a line."""
+    if not this.fabric.is_global_zero:
+        return
+    net, data = this.net, this.data
+    columns = f"FractalNet of {net.columns} columns" if isinstance(net, FractalNet) else "plain network"
+    done = f" (of which {this.epoch} are done)" if this.epoch or this.batch else ""
+    print(
+        f"{this.name}: {len(data.train)} training and {len(data.test)} hold-out images; {columns}, {len(net.channels)} "
+        f"blocks, {net.depth()} layers, {sum(p.numel() for p in net.parameters()):,} parameters; "
+        f"{this.config.epochs} epochs{done} on {this.fabric.world_size} x {this.fabric.device.type}, "
+        f"{torch.get_num_threads()} threads",
+        flush=True,
+    )
+
+
+# --- after ---------------------------------------------------------------------------------------
+
+
+def conclude(this: Run, out: Path) -> dict[str, Any]:
+    """Measures the trained network, writes what is left of the run and prints its tables; on the first rank."""
+    state = trained.whole_state(this.subject)
+    if not this.fabric.is_global_zero:
+        return {}
+    model = evaluate.build(this.arguments, this.name)
+    model.load_state_dict(state)
+    model.to(this.fabric.device, torch.float32).eval()
+    times = [json.loads(line) for line in (out / TIMES).read_text().splitlines()]
+    seconds = sum(t["seconds"] for t in times)
+    print(f"trained in {seconds:.0f} s; measuring ...", flush=True)
+    x, y, _ = next(this.holdout.epoch(0))
+    columns = evaluate.measure(model, this.history[-1]["holdout"], x, len(this.data.test))
+    metrics = {
+        "recipe": this.name,
+        "config": this.plain,
+        **environment(),
+        "data": this.data.describe(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": seconds,
+        "overhead": seconds / sum(t["in_steps"] for t in times) - 1,
+        "evaluating_seconds": sum(t["evaluating_and_saving"] for t in times),
+        "columns": columns,
+        "history": this.history,
+    }
+    images = trained.facts(this.config.data, this.augment)
+    files = {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)}
+    if len(columns) > 1:
+        files["accuracy.png"] = plots.accuracies(columns)
+    measured = [row for row in this.history if "holdout" in row]
+    files["loss.png"] = plots.losses(measured)
+    tables = [evaluate.table(columns)]
+    if this.config.compare_eager and isinstance(model, FractalNet):
+        metrics["steps"] = evaluate.compare_steps(model, this)
+        files["steps.png"] = plots.steps(metrics["steps"])
+        tables.append(evaluate.step_table(metrics["steps"]))
+    if reached := compare([metrics]):
+        tables.append(reached)
+    files["metrics.json"] = as_json(metrics)
+    files["report.md"] = report(metrics, tables, [f for f in files if f.endswith(".png")]).encode()
+    write(out, files)
+    print("\n" + "\n\n".join(tables) + f"\n\nwrote {', '.join(files)} to {out}")
+    return metrics
+
+
+def report(metrics: dict[str, Any], tables: list[str], pictures: list[str]) -> str:
+    """The run as a page to be read."""
+    import yaml
+
+    parts = [f"# {metrics['recipe']}", f"Commit {metrics['commit']}, PyTorch {metrics['versions']['torch']}."]
+    parts[1] += f" Trained in {metrics['training_seconds']:.0f} s, {100 * metrics['overhead']:.1f} % of the steps' time"
+    parts[1] += f" outside of them; {metrics['evaluating_seconds']:.0f} s of evaluating and saving."
+    parts += [f"```\n{table}\n```" for table in tables]
+    parts += [f"![{name}]({name})" for name in pictures]
+    parts.append("The figures are of the last epoch: none was chosen by its accuracy on the hold-out.")
+    parts.append(f"## Configuration\n\n```yaml\n{yaml.safe_dump(metrics['config'], sort_keys=False)}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def compare(runs: Iterable[dict[str, Any]]) -> str:
+    """Test errors of the paper against those reached, for runs of its recipes; "" where there is none."""
+    known, rows = paper(), []
+    for metrics in runs:
+        for what, printed in known.get(metrics["recipe"], {}).items():
+            contender, _, top = what.partition(" top ")
+            score = next((c for c in metrics["columns"] if c["name"] == contender), None)
+            if what == "crops" or score is None:
+                continue
+            reached = 100 * (1 - score["accuracy_top5" if top else "accuracy"])
+            epochs = str(metrics["config"]["epochs"])
+            rows.append([f"{metrics['recipe']}, {what}", epochs, f"{printed:.2f}", f"{reached:.2f}"])
+    return evaluate.grid([["test error, %", "epochs", "paper", "reached"], *rows]) if rows else ""
+
+
+def found(folder: Path) -> list[dict[str, Any]]:
+    """metrics.json of every run below a folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("metrics.json"))]

@@ -1,0 +1,106 @@
+"""What a run would be: `train --dry-run`. Nothing is trained and, for sets that have a name, no images are needed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fractal_kernels.schedule import plan, schedule
+
+from . import drop_path, evaluate, sources
+from .config import Config
+from .evaluate import Network
+from .model import FractalNet
+
+__all__ = ["dry_run", "live_fraction", "work"]
+
+# Classes, channels, side and training images of the sets that are known by name.
+KNOWN = {
+    "cifar10": (10, 3, 32, 50_000),
+    "cifar100": (100, 3, 32, 50_000),
+    "svhn": (10, 3, 32, 73_257),
+    "svhn-extra": (10, 3, 32, 604_388),
+    "imagenet": (1000, 3, 224, 1_281_167),
+}
+PATHS = 2000  # drawn for the mean of the live fraction
+
+
+def work(model: Network, channels: int, size: int) -> int:
+    """Multiply-adds of convolutions and classifier for one image, nothing dropped.
+
+    Counted on the columns as plain networks: every convolution of a block belongs to one column; stem and classifier
+    are shared, and counted once.
+    """
+    total = 0
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        nonlocal total
+        total += layer.weight.numel() * (out[0, 0].numel() if out.dim() == 4 else 1)
+
+    stem = 0 if isinstance(model.stem, nn.Identity) else 1  # convolutions that come first
+    whole = [model.extract_column(c) for c in range(model.columns)] if isinstance(model, FractalNet) else [model]
+    for number, net in enumerate(whole):
+        copied = copy.deepcopy(net).train()
+        layers = [m for m in copied.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for layer in layers[stem:-1] if number else layers:
+            layer.register_forward_hook(count)
+        with torch.no_grad():
+            copied(torch.zeros(2, channels, size, size))
+    return total
+
+
+def live_fraction(model: FractalNet) -> float:
+    """The mean share of a block's convolutions that run under the model's drop-path, at the start of the training."""
+    generator = torch.Generator().manual_seed(0)
+    rates = {key: drop_path.rate(getattr(model, key), 0) for key in ("local_drop", "global_ratio")}
+    if model.global_mode == "tied":
+        rates["global_ratio"] = 0.0
+    units, live = len(schedule(model.columns).units), 0
+    for _ in range(PATHS):
+        path = drop_path.sample_path(1, model.columns, 1, generator=generator, **rates)
+        live += len(plan(model.columns, tuple(path.keep[0].flatten().tolist())).units)
+    return live / (PATHS * units)
+
+
+def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
+    """The resolved recipe as YAML, and what the run would cost."""
+    import yaml
+
+    facts = KNOWN.get(config.data.source)
+    if facts is None:
+        data = sources.load(config.data.source, config.data.root, config.data.image_size)
+        facts = (len(data.classes), data.channels, data.image_size, len(data.train))
+    classes, channels, size, images = facts
+    size = config.data.image_size or size
+    shape = {"num_classes": classes, "in_channels": channels, "image_size": size}
+    model = evaluate.build({**shape, **config.network}, f"recipe {name}").train()
+    parameters = sum(p.numel() for p in model.parameters())
+    batches = -(-images // config.batch_size)
+    macs = work(model, channels, size)
+    fractal = isinstance(model, FractalNet)
+    share = live_fraction(model) if fractal else 1.0
+    few = torch.randn(2, channels, size, size)
+    how = {"path": drop_path.full_path(len(model.channels), model.columns)} if fractal else {}
+    saved = evaluate.saved_bytes(model, lambda: F.cross_entropy(model(few, **how), torch.zeros(2, dtype=torch.long)))
+    saved *= config.batch_size / 2 * {"fp64": 2, "bf16": 0.5, "fp16": 0.5}.get(config.precision, 1)
+    optimizer = config.optimizer(model.parameters())
+    moments = 1 if optimizer.param_groups[0].get("momentum") else 2 if "betas" in optimizer.param_groups[0] else 0
+    copies = 2 + moments + (config.ema is not None)
+    weights = copies * parameters * (8 if config.precision == "fp64" else 4)
+    columns = f"C = {model.columns}, {len(model.channels)} blocks" if fractal else "plain"
+    lines = [
+        f"{name}: {config.data.source}, {images:,} training images {channels} x {size} x {size}, {classes} classes",
+        f"network: {columns}, {model.depth()} layers, {parameters:,} parameters",
+        f"steps: {config.epochs} epochs x {batches:,} batches of {config.batch_size}"
+        + (f", an optimizer step every {config.accumulate}" if config.accumulate > 1 else ""),
+        f"work: {macs / 1e6:,.1f} M multiply-adds per image forward, nothing dropped",
+        f"live fraction under drop-path: {share:.1%} of the blocks' convolutions, mean of {PATHS} paths",
+        f"training: {3 * macs * share * images * config.epochs / 1e15:,.2f} P multiply-adds in all (3 x forward, live)",
+        f"memory, estimate: {(saved + weights) / 1e6:,.0f} MB: {saved / 1e6:,.0f} MB of activations saved for backward "
+        f"(nothing dropped), {weights / 1e6:,.0f} MB of weights, gradients and the optimizer's state",
+    ]
+    return yaml.safe_dump(plain, sort_keys=False) + "\n" + "\n".join(lines)

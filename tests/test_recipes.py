@@ -1,0 +1,187 @@
+"""Recipes against the paper's text, their options, and the learning rate over a training."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("yaml")
+
+import torch  # noqa: E402
+from fractalnet import FractalNet, config, evaluate, schedules, summary  # noqa: E402
+from fractalnet.__main__ import main  # noqa: E402
+from fractalnet.config import Schedule  # noqa: E402
+from fractalnet.files import UserError  # noqa: E402
+
+FACTS = Path(config.FOLDER)
+
+
+def test_every_file_belongs_to_a_recipe():
+    rows, columns = ({name.split("/")[i] for name in config.paper()} for i in (0, 1))
+    assert rows == {f.stem for f in (FACTS / "networks").iterdir()}
+    assert columns == {f.name.removesuffix(".yaml") for f in (FACTS / "data").iterdir()}
+
+
+@pytest.mark.parametrize("name", config.paper())
+def test_recipe_is_the_papers(name):
+    found, _ = config.load(name)
+    row, _, column = name.partition("/")
+    epochs, batch, lr, classes = (70, 32, 0.001, 1000) if column == "imagenet" else (400, 100, 0.02, 10)
+    epochs = 20 if column == "svhn" else epochs
+    classes = 100 if column.startswith("c100") else classes
+    batch = 50 if row.startswith(("fractal_c", "plain_c")) else batch
+    optimizer = found.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    group = optimizer.param_groups[0]
+    assert (found.epochs, found.batch_size) == (epochs, batch)
+    assert type(optimizer) is torch.optim.SGD and (group["lr"], group["momentum"]) == (lr, 0.9)
+    assert group["weight_decay"] == 0 and not group["nesterov"]
+    if column == "imagenet":
+        assert found.schedule == Schedule("milestones", 0.1, [50.0, 65.0])
+    else:
+        assert found.schedule == Schedule("halving", 0.1)
+        augmented = column.endswith("+")
+        assert (found.data.mirror, found.data.translate) == (augmented, 4 if augmented else 0)
+        assert found.data.padding == ("reflect" if column.endswith("++") else "zero")
+    assert found.data.normalise == "mean"
+    assert summary.KNOWN[found.data.source][0] == classes
+    if row in ("fractalnet20", "fractalnet20-drop", "fractal_c4-drop"):
+        shape = {"num_classes": classes, "in_channels": 3, "image_size": 32}
+        net = evaluate.build({**shape, **found.network}, name)
+        drops = row.endswith("-drop")
+        assert (net.local_drop, net.global_ratio) == ((0.15, 0.5) if drops else (0, 0))
+        if row != "fractal_c4-drop":
+            rates = [0.0, 0.1, 0.2, 0.3, 0.4] if drops else [0.0] * 5
+            assert [block.dropout for block in net.blocks] == rates and net.depth() == 20
+        else:
+            assert net.depth() == 40
+
+
+# --- the learning rate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 20, 400])
+def test_halving(epochs):
+    """By its definition: the rate drops each time that what remains is half of what remained at the last drop."""
+    expected, mark, drops = [], epochs, 0
+    for epoch in range(epochs):
+        while 2 * (epochs - epoch) <= mark:
+            mark, drops = mark / 2, drops + 1
+        expected.append(drops)
+    assert [schedules.halvings(epoch, epochs) for epoch in range(epochs)] == expected
+    if epochs == 400:
+        assert [e for e in range(1, 400) if expected[e] > expected[e - 1]][:4] == [200, 300, 350, 375]
+    rates = [schedules.factor(Schedule("halving"), epoch + 0.5, epochs) for epoch in range(epochs)]
+    assert rates == pytest.approx([0.1**k for k in expected])
+
+
+def test_other_schedules():
+    def rates(schedule, epochs=4):
+        return [schedules.factor(schedule, p, epochs) for p in (0, 1, 2, 3.5, 4)]
+
+    assert rates(Schedule("constant")) == [1] * 5
+    assert rates(Schedule("milestones", 0.5, [1, 3.5])) == [1, 0.5, 0.5, 0.25, 0.25]
+    assert rates(Schedule("cosine")) == pytest.approx([1, 0.8535534, 0.5, 0.0380602, 0], abs=1e-6)
+    assert rates(Schedule("constant", warmup=2)) == [0, 0.5, 1, 1, 1]
+
+
+def test_the_scheduler_reaches_the_optimizer():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.2)
+    scheduler, rates = schedules.scheduler(optimizer, Schedule("halving"), 4, 2), []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.2] * 4 + [0.02] * 2 + [0.002] * 2)
+
+
+def test_epochs_scale_the_schedule():
+    def schedule(*options):
+        return config.load("fractalnet34/imagenet", options)[0].schedule
+
+    assert schedule("--epochs", "7").milestones == pytest.approx([5, 6.5])
+    assert schedule("--epochs", "7", "--schedule.milestones", "[1, 2]").milestones == [1, 2]
+    assert schedule("--epochs=35", "--schedule.warmup=3").warmup == 3
+
+
+# --- options -------------------------------------------------------------------------------------
+
+
+def test_options_lie_over_the_recipe(tmp_path):
+    argv = [
+        "--optimizer",
+        "AdamW",
+        "--optimizer.weight-decay",
+        "0.05",
+        "--network.columns",
+        "2",
+        "--data.mirror",
+        "true",
+    ]
+    found, plain = config.load("digits", argv)
+    optimizer = found.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW and optimizer.param_groups[0]["weight_decay"] == 0.05
+    assert found.network == {"columns": 2, "channels": [32, 64, 128]} and found.data.mirror
+    import yaml
+
+    (tmp_path / "again.yaml").write_text(f"# digits{config.HEAD} config.yaml\n" + yaml.safe_dump(plain))
+    assert config.load(str(tmp_path / "again.yaml"))[1] == plain
+    assert config.known_as(str(tmp_path / "again.yaml")) == "digits"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--lr", "1"], ["--lr", "--optimizer", "--out"]),
+        (["--optimizer", "Sgd"], ["optimizer", "Sgd"]),
+        (["--optimizer.speed", "3"], ["speed"]),
+        (["--precision", "int8"], ["precision", "bf16", "int8"]),
+        (["--data.padding", "edge"], ["padding", "reflect", "edge"]),
+        (["--ema", "2"], ["--ema", "(0, 1)", "2"]),
+        (["--devices", "none"], ["--devices", "auto", "'none'"]),
+        (["--network.columns", "9"], ["recipe digits", "columns", "9"]),
+        (["--network.rows", "9"], ["recipe digits", "rows"]),
+        (["--keep", "0"], ["--keep", "1 or more"]),
+        (["--resume"], ["--resume", "no checkpoint"]),
+    ],
+)
+def test_wrong_options(argv, words, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(["train", "digits", *argv], words)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+@pytest.mark.parametrize("text", ["- 1", "epochs: [", "epochs: 3", "network: {}\nspeed: 3"])
+def test_wrong_files(text, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(text)
+    refused(["train", "mine.yaml"], ["recipe mine.yaml"])
+    refused(["train", "none.yaml"], ["recipe none.yaml", "No such file"])
+
+
+# --- what a run would be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, million, parameters", [("fractalnet20-drop/c10+", "845.2", "33,724,618")])
+def test_dry_run(name, million, parameters, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", name, "--dry-run", "--epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"work: {million} M multiply-adds" in said and f"{parameters} parameters" in said
+    assert "epochs: 2" in said and "mirror: true" in said and "2 epochs x 500 batches of 100" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_and_live_fraction():
+    net = FractalNet(10, 3, (4, 6), image_size=8)
+    convs = 8 * 8 * 9 * (3 * 3 * 4 + 4 * 4 * 4) + 4 * 4 * 9 * (3 * 4 * 6 + 4 * 6 * 6)  # 3 of 7 units read the input
+    assert summary.work(net, 3, 8) == convs + 60
+    stemmed = FractalNet(10, 2, (4,), image_size=32, stem="resnet", last_pool=False)
+    assert summary.work(stemmed, 3, 32) == 16 * 16 * 49 * 3 * 64 + 8 * 8 * 9 * (2 * 64 * 4 + 4 * 4) + 40
+    assert summary.live_fraction(net) == pytest.approx(0.59, abs=0.02)
+    assert summary.live_fraction(FractalNet(10, 3, (4,), image_size=8, local_drop=0, global_ratio=0)) == 1
+
+
+def test_unknown_recipe():
+    with pytest.raises(UserError, match="unknown recipe 'c10'; there is: digits, fractalnet20/c10, .*yaml"):
+        config.load("c10")
