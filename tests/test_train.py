@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,20 @@ def test_other_runs_are_refused(tmp_path, refused, whole, monkeypatch):
     monkeypatch.setattr(sources, "digits", lambda: ([other()[0][1], other()[0][0]], other()[1]))
     refused(again, ["other images"])
     assert files_of(whole) == before
+
+
+def test_overwriting(tmp_path, whole, refused):
+    """What was there goes, but not for a run that cannot begin."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "mine.txt").write_text("kept")
+    begin = ["train", written(tmp_path), "--out", str(out), "--overwrite"]
+    refused([*begin, "--data.source", "cifar9"], ["cifar9"])
+    refused([*begin, "--network.columns", "12"], ["columns"])
+    assert files_of(out) == files_of(whole)
+    assert main([*begin, "--epochs", "1"]) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (out / "mine.txt").read_text() == "kept" and files_of(out) != files_of(whole)
 
 
 # --- what a run leaves ---------------------------------------------------------------------------

@@ -131,17 +131,8 @@ INSIDE = {
     "optimizer.init_args.lr": (0, math.inf),
 }  # fmt: skip
 # What may differ between a run and its continuation: it changes neither weights nor metrics (devices: by rounding).
-FREE = (
-    "keep",
-    "save_every",
-    "tensorboard",
-    "data.root",
-    "data.workers",
-    "compare_eager",
-    "accelerator",
-    "devices",
-    "nodes",
-)
+FREE = ("keep", "save_every", "tensorboard", "compare_eager", "data.root", "data.workers")
+FREE += ("accelerator", "devices", "nodes")
 
 
 def paper() -> dict[str, dict[str, Any]]:

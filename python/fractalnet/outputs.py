@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
     from .train import Run
 
-__all__ = ["Log", "compare", "conclude", "differences", "flat", "introduce", "prepare", "versions"]
+__all__ = ["Log", "compare", "conclude", "differences", "find", "flat", "introduce", "prepare", "versions"]
 
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
+RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
 PACKAGES = (
     "fractal-kernels",
     "torch",
@@ -54,24 +55,30 @@ PACKAGES = (
 # --- before --------------------------------------------------------------------------------------
 
 
-def prepare(fabric: Fabric, out: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Makes the folder ready on the first rank; the checkpoint to go on from, or None. Every rank calls it."""
+def find(out: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint of the folder to go on from, or None."""
     folder, found = out / "checkpoints", checkpoints.saved(out / "checkpoints")
-    if resume is None and not overwrite and (found or (out / ROWS).exists()):
-        raise UserError(
-            f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another folder"
-        )
+    if resume is None:
+        if not overwrite and (found or (out / ROWS).exists()):
+            choices = "--resume goes on with it, --overwrite replaces it, --out names another folder"
+            raise UserError(f"{out} holds a run: {choices}")
+        return None
     if resume == "newest" and not found:
         raise UserError(f"--resume: there is no checkpoint in {folder}")
-    checkpoint = None if resume is None else found[-1] if resume == "newest" else Path(resume)
-    if checkpoint is not None:
-        checkpoints.prove(checkpoint)
-    fabric.barrier()
+    checkpoint = found[-1] if resume == "newest" else Path(resume)
+    checkpoints.prove(checkpoint)
+    return checkpoint
+
+
+def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
+    """Makes the folder ready on the first rank: what an earlier run left goes, unless it is gone on with."""
+    fabric.barrier()  # every rank has looked at the folder
+    folder = out / "checkpoints"
     if fabric.is_global_zero:
-        if checkpoint is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(out / "tensorboard", ignore_errors=True)
-            for name in (ROWS, TIMES):
+        if anew:
+            for name in ("checkpoints", "tensorboard"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in (ROWS, TIMES, "metrics.csv", *RESULTS):
                 (out / name).unlink(missing_ok=True)
         try:
             folder.mkdir(exist_ok=True)
@@ -80,7 +87,6 @@ def prepare(fabric: Fabric, out: Path, resume: str | None, overwrite: bool) -> P
         for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
     fabric.barrier()
-    return checkpoint
 
 
 def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,7 +58,8 @@ def signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         came.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    main = threading.current_thread() is threading.main_thread()  # another may not ask for signals
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT) if main}
     try:
         yield came
     finally:
@@ -323,8 +325,9 @@ def run(
     fabric = fabric_for(config)
     fabric.launch()
     with folder_for(out), signals() as came:
-        checkpoint = outputs.prepare(fabric, out, resume, overwrite)
-        this = Run(config, plain, name, fabric)
+        checkpoint = outputs.find(out, resume, overwrite)
+        this = Run(config, plain, name, fabric)  # looks at data and options before anything in the folder changes
+        outputs.prepare(fabric, out, anew=checkpoint is None)
         if checkpoint is not None:
             this.resume(out, checkpoint)
         log = outputs.Log(fabric, out, config, len(this.loader) * this.epoch + this.batch, len(this.loader))
