@@ -31,7 +31,8 @@ def main() -> None:
             (root / f"{name}.bin").write_bytes(pixels)
         found, plain = config.load("fractal_c3/c100++", [*OPTIONS, "--data.root", scratch])
         metrics = train.run(found, plain, "fractal_c3/c100++", root / "run")
-        times = [json.loads(line) for line in (root / "run" / "timing.jsonl").read_text().splitlines()][1:]
+        times = [json.loads(line) for line in (root / "run" / "timing.jsonl").read_text().splitlines()]
+        times = [t for t in times if "in_steps" in t][1:]
         model = evaluate.build({"num_classes": 100, "image_size": 32, **found.network}, "benchmark").eval()
         model.load_state_dict(torch.load(root / "run" / "model.pt", weights_only=True)["state"])
     x = torch.randn(100, 3, 32, 32)

@@ -83,6 +83,24 @@ def test_two_ranks_are_one(tmp_path, granularity, strategy):
             assert found["loss"] == pytest.approx(b["holdout"][name]["loss"], rel=1e-5 if strategy == "ddp" else 1e-2)
 
 
+@ALL
+def test_ranks_go_on(tmp_path):
+    """Stopped inside an epoch by SIGTERM to the first rank alone."""
+    finish(start(tmp_path, "one", "--devices", "2", epochs=6))
+    process = start(tmp_path, "two", "--devices", "2", epochs=6, save_every=2)
+    limit = time.monotonic() + 100
+    while not checkpoints.saved(tmp_path / "two" / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert not (tmp_path / "two" / "model.pt").exists()
+    finish(start(tmp_path, "two", "--devices", "2", "--resume", epochs=6))
+    assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == (tmp_path / "two" / "metrics.jsonl").read_bytes()
+    (one, _), (two, _) = (state_of(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def children(process):
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()]

@@ -101,6 +101,7 @@ def test_epochs_scale_the_schedule():
 
     assert schedule("--epochs", "7").milestones == pytest.approx([5, 6.5])
     assert schedule("--epochs", "7", "--schedule.milestones", "[1, 2]").milestones == [1, 2]
+    assert schedule("--epochs", "7", "--schedule", '{"kind": "milestones", "milestones": [3]}').milestones == [3]
     assert schedule("--epochs=35", "--schedule.warmup=3").warmup == 3
 
 

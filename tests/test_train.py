@@ -176,7 +176,7 @@ def test_streamed_images(tmp_path, monkeypatch):
     assert main(["eval", "--checkpoint", str(tmp_path / "a" / "model.pt"), "--crops", "10"]) == 0
 
 
-def test_damaged_checkpoint(tmp_path, capsys, whole):
+def test_damaged_checkpoint(tmp_path, monkeypatch, capsys, whole):
     out = tmp_path / "run"
     assert main(["train", written(tmp_path), "--out", str(out)]) == 0
     earlier, last = checkpoints.saved(out / "checkpoints")[-2:]
@@ -189,7 +189,11 @@ def test_damaged_checkpoint(tmp_path, capsys, whole):
     assert main(["train", "--resume", "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert f"checkpoint {last}: damaged" in said and f"--resume {earlier}" in said
-    assert main(["train", "--out", str(out), "--resume", str(earlier)]) == 0
+    with monkeypatch.context() as patch:  # killed once more: the newer file must not be in the way
+        stop_at(patch, (outputs, "conclude"), 1)
+        with pytest.raises(Killed):
+            main(["train", "--out", str(out), "--resume", str(earlier)])
+    assert main(["train", "--out", str(out), "--resume"]) == 0
     assert files_of(out) == files_of(whole)
 
 
@@ -223,6 +227,20 @@ def test_disk_full(tmp_path, monkeypatch, capsys, whole, full):
         return
     assert f"the last good checkpoint is {found[-1]}" in said and "No space left" in said
     assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_an_older_checkpoint_is_gone_back_to(tmp_path, monkeypatch, whole):
+    out = tmp_path / "run"
+    assert main(["train", written(tmp_path), "--out", str(out), "--keep", "9"]) == 0
+    old = checkpoints.saved(out / "checkpoints")[2]
+    with monkeypatch.context() as patch:
+        stop_at(patch, PLACES["step"], 6)
+        with pytest.raises(Killed):
+            main(["train", "--out", str(out), "--resume", str(old)])
+    names = [path.name for path in checkpoints.saved(out / "checkpoints")]
+    assert old.name < names[-1] < "step-000000030.ckpt"
+    assert main(["train", "--out", str(out), "--resume", "--keep", "2"]) == 0
     assert files_of(out) == files_of(whole)
 
 
@@ -311,6 +329,11 @@ def test_paper_against_reached():
     run = {"recipe": "fractalnet20-drop/c10", "config": {"epochs": 400}}
     run["columns"] = [{"name": "full", "accuracy": 0.92}, {"name": "column 2", "accuracy": 0.9}]
     table = outputs.compare([run, {"recipe": "mine"}])
+    crops = run | {
+        "recipe": "fractalnet34/imagenet",
+        "columns": [{"name": "full", "accuracy": 0.7, "accuracy_top5": 0.9}],
+    }
+    assert "fractalnet34/imagenet, full top 5 (paper: 10 crops, here 1)" in outputs.compare([crops])
     assert [line.split()[-3:] for line in table.splitlines()[2:]] == [["400", "7.33", "8.00"], ["400", "7.27", "10.00"]]
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import anytime, config, evaluate, export, outputs, plots, probes, study, trained
@@ -79,7 +81,9 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     model, content = trained.unpack(arguments.checkpoint)
-    loader = trained.holdout(content, arguments.root, arguments.crops)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loader = trained.holdout(content, arguments.root, arguments.crops, device)
+    model.to(device)
     found = evaluate.scores(model, trained.views(loader, arguments.crops))
     x, _, _ = next(loader.epoch(0))
     print(evaluate.table(evaluate.measure(model, found, x, loader.count)))

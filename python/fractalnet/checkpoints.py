@@ -29,23 +29,33 @@ def save(fabric: Fabric, folder: Path, step: int, state: dict[str, Any]) -> Path
     """Writes step-N.ckpt. Every rank calls it."""
     path = folder / f"step-{step:09d}.ckpt"
     temporary = folder / f".{path.name}.tmp"
+    failed = None
     try:
         try:
             fabric.save(temporary, state)
-            if fabric.is_global_zero:
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-                sync_folder(folder)
-        finally:
-            if fabric.is_global_zero:
-                temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how PyTorch's own writer tells that the disk is full
-        whole = saved(folder)
-        last = f"; the last good checkpoint is {whole[-1]}" if whole else "; there is no earlier checkpoint"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"cannot write checkpoint {path}: {reason}{last}") from error
+        except (OSError, RuntimeError):  # RuntimeError: how PyTorch's own writer tells that the disk is full
+            if fabric.world_size > 1:
+                fabric.barrier()  # that of fabric.save, in which the other ranks wait
+            raise
+        if fabric.is_global_zero:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        failed = getattr(error, "strerror", None) or " ".join(str(error).split())
+    finally:
+        if fabric.is_global_zero:
+            temporary.unlink(missing_ok=True)
+    failed = fabric.broadcast(failed)  # no rank goes on, or ends, before the first one is done
+    if failed:
+        raise UserError(f"cannot write checkpoint {path}: {failed}; {last_good(folder)}")
     return path
+
+
+def last_good(folder: Path) -> str:
+    whole = saved(folder)
+    return f"the last good checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
 
 
 def prune(folder: Path, keep: int, best: str | None) -> None:

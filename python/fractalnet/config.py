@@ -223,9 +223,10 @@ def parse(recipe: dict[str, Any], argv: Sequence[str], what: str, also: str) -> 
     found = attempt(made, [*start, *dashes(argv)], "train", also)
     ratio = found.epochs / alone.epochs
     given = {a.partition("=")[0] for a in dashes(argv)}
-    if "--schedule.milestones" not in given:
+    kept = {key: found.schedule[key] == alone.schedule[key] for key in ("milestones", "warmup")}
+    if kept["milestones"] and not given & {"--schedule", "--schedule.milestones", "--schedule.milestones+"}:
         found.schedule.milestones = [m * ratio for m in found.schedule.milestones]
-    if "--schedule.warmup" not in given:
+    if kept["warmup"] and not given & {"--schedule", "--schedule.warmup"}:
         found.schedule.warmup *= ratio
     found.pop("recipe")
     check(found, what)

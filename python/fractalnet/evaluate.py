@@ -125,6 +125,7 @@ def measure(model: Network, found: dict[str, dict[str, float]], x: Tensor, image
             "depth": model.depth(**how),
             **found[name],
             "images": images,
+            "timed": [len(x[:batch]) for batch in BATCHES],
             "ms_per_image": {str(batch): statistics.median(times[batch][name]) / len(x[:batch]) for batch in BATCHES},
         }
         for name, how in contenders(model).items()
@@ -145,7 +146,7 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 def table(columns: Sequence[dict[str, Any]]) -> str:
     """What `measure` found, to be read."""
-    head = ["", "depth (convs)", "hold-out accuracy", "ms/image, batch 1", f"ms/image, batch {BATCHES[1]}"]
+    head = ["", "depth (convs)", "hold-out accuracy", *(f"ms/image, batch {n}" for n in columns[0]["timed"])]
     rows = [
         [
             "full network" if c["column"] is None else f"{c['name']} alone",

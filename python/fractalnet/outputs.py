@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -16,7 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,34 +147,48 @@ class Log:
         write(self.out, files)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self.out / name
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(self.out / name, "ab") as file:
+            with open(path, "ab") as file:
                 file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            whole = checkpoints.saved(self.out / "checkpoints")
-            last = f"; the last good checkpoint is {whole[-1]}" if whole else ""
-            raise UserError(f"cannot write {self.out / name}: {error.strerror or error}{last}") from error
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half of a row stays
+            raise
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says what is safe where something cannot be written."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            reason = str(error) if isinstance(error, UserError) else f"cannot write to the folder {self.out}: {error}"
+            raise UserError(f"{reason}; {checkpoints.last_good(self.out / 'checkpoints')}") from error
 
     def write(self, row: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """A row of metrics; `history` is all of them."""
         if not self.first:
             return
-        self._append(ROWS, row)
-        rows = [flat(r) for r in history]
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(dict.fromkeys(key for r in rows for key in r)))
-        writer.writeheader()
-        writer.writerows(rows)
-        write(self.out, {"metrics.csv": buffer.getvalue().encode()})
-        if self.board is not None:
-            self.board.log_metrics({k.replace(".", "/"): v for k, v in rows[-1].items()}, row["epoch"] * self.batches)
-            self.board.save()
+        with self._told():
+            self._append(ROWS, row)
+            rows = [flat(r) for r in history]
+            buffer = io.StringIO()
+            writer = csv.DictWriter(buffer, list(dict.fromkeys(key for r in rows for key in r)))
+            writer.writeheader()
+            writer.writerows(rows)
+            write(self.out, {"metrics.csv": buffer.getvalue().encode()})
+            if self.board is not None:
+                scalars = {key.replace(".", "/"): value for key, value in rows[-1].items()}
+                self.board.log_metrics(scalars, row["epoch"] * self.batches)
+                self.board.save()
 
     def time(self, row: dict[str, Any]) -> None:
         if self.first:
-            self._append(TIMES, row)
+            with self._told():
+                self._append(TIMES, row)
 
 
 def versions() -> dict[str, str]:
@@ -236,8 +251,7 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
     model = evaluate.build(this.arguments, this.name)
     model.load_state_dict(state)
     model.to(this.fabric.device, torch.float32).eval()
-    times = [json.loads(line) for line in (out / TIMES).read_text().splitlines()]
-    seconds = sum(t["seconds"] for t in times)
+    seconds, inside, beside = (spent(out, key) for key in ("seconds", "in_steps", "evaluating_and_saving"))
     print(f"trained in {seconds:.0f} s; measuring ...", flush=True)
     x, y, _ = next(this.holdout.epoch(0))
     columns = evaluate.measure(model, this.history[-1]["holdout"], x, len(this.data.test))
@@ -248,8 +262,9 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
         "data": this.data.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_seconds": seconds,
-        "overhead": seconds / sum(t["in_steps"] for t in times) - 1,
-        "evaluating_seconds": sum(t["evaluating_and_saving"] for t in times),
+        # A GPU's steps are not over when their calls are.
+        "overhead": seconds / inside - 1 if inside and this.fabric.device.type == "cpu" else None,
+        "evaluating_seconds": beside,
         "columns": columns,
         "history": this.history,
     }
@@ -273,13 +288,21 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
     return metrics
 
 
+def spent(out: Path, key: str) -> float:
+    """Seconds of all parts of a run. A part that was killed wrote nothing."""
+    text = (out / TIMES).read_text() if (out / TIMES).exists() else ""
+    return sum(json.loads(line).get(key, 0.0) for line in text.splitlines())
+
+
 def report(metrics: dict[str, Any], tables: list[str], pictures: list[str]) -> str:
     """The run as a page to be read."""
     import yaml
 
     parts = [f"# {metrics['recipe']}", f"Commit {metrics['commit']}, PyTorch {metrics['versions']['torch']}."]
-    parts[1] += f" Trained in {metrics['training_seconds']:.0f} s, {100 * metrics['overhead']:.1f} % of the steps' time"
-    parts[1] += f" outside of them; {metrics['evaluating_seconds']:.0f} s of evaluating and saving."
+    parts[1] += f" Trained in {metrics['training_seconds']:.0f} s, evaluated and saved in"
+    parts[1] += f" {metrics['evaluating_seconds']:.0f} s."
+    if metrics["overhead"] is not None:
+        parts[1] += f" Beside the steps the loop took {100 * metrics['overhead']:.1f} % of their time."
     parts += [f"```\n{table}\n```" for table in tables]
     parts += [f"![{name}]({name})" for name in pictures]
     parts.append("The figures are of the last epoch: none was chosen by its accuracy on the hold-out.")
@@ -298,7 +321,9 @@ def compare(runs: Iterable[dict[str, Any]]) -> str:
                 continue
             reached = 100 * (1 - score["accuracy_top5" if top else "accuracy"])
             epochs = str(metrics["config"]["epochs"])
-            rows.append([f"{metrics['recipe']}, {what}", epochs, f"{printed:.2f}", f"{reached:.2f}"])
+            crops = known[metrics["recipe"]].get("crops")
+            crops = f" (paper: {crops} crops, here 1)" if crops else ""
+            rows.append([f"{metrics['recipe']}, {what}{crops}", epochs, f"{printed:.2f}", f"{reached:.2f}"])
     return evaluate.grid([["test error, %", "epochs", "paper", "reached"], *rows]) if rows else ""
 
 

@@ -44,8 +44,8 @@ AGREE_EVERY = 10  # steps between two looks at whether a rank was told to stop
 
 def stopped(came: list[int], checkpoint: FilePath) -> Stopped:
     """SIGTERM, a machine that is taken back, ends with status 0: what can be done is done. Ctrl-C ends with 130."""
-    text = f"stopped; {checkpoint} is written, --resume goes on from there"
-    return Stopped(text, 130 if came and came[0] == signal.SIGINT else 0)
+    status = 130 if came and came[0] == signal.SIGINT else 0
+    return Stopped(f"stopped; {checkpoint} is written, --resume goes on from there", status)
 
 
 @contextmanager
@@ -84,11 +84,12 @@ def fabric_for(config: Config) -> Fabric:
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=TIMEOUT)
     else:
         strategy = "auto"
-    exact = "highest" if config.precision != "tf32" else "high"
-    torch.set_float32_matmul_precision(exact)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    if config.strategy == "fsdp" and config.precision not in ("fp32", "tf32"):
+        raise UserError(f"train: --precision: expected fp32 or tf32 beside --strategy fsdp, got {config.precision}")
     try:
-        return Fabric(
+        fabric = Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.nodes,
@@ -99,6 +100,11 @@ def fabric_for(config: Config) -> Fabric:
         raise UserError(f"train: {' '.join(str(error).split())}") from error
     except Exception as error:  # lightning's own MisconfigurationException
         raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
+        raise UserError(
+            f"train: --precision: expected another than {config.precision} on {fabric.device.type}, got that"
+        )
+    return fabric
 
 
 def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
@@ -127,7 +133,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.net, self.arguments = network(config, self.data, f"recipe {name}")
         if isinstance(self.net, FractalNet):
-            self.net.path_seed = config.seed
+            self.net.path_seed = config.network.get("path_seed", config.seed)
+            if self.net.global_mode == "tied" and self.net.granularity == "sample" and fabric.world_size > 1:
+                raise UserError("train: expected granularity batch for global_mode tied on several ranks, got sample")
         self.net = fabric.strategy.precision.convert_module(self.net).to(fabric.device)
         self.average = self._average()
         if fabric.world_size > 1 and config.sync_bn:
@@ -138,12 +146,15 @@ class Run:
             self.optimizer = fabric.setup_optimizers(config.optimizer(self.net.parameters()))
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"recipe {name}: optimizer: {' '.join(str(error).split())}") from error
+        fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
+        if config.precision == "fp16" and config.clip is not None and fused:
+            raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
         steps = -(-len(self.loader) // config.accumulate)  # of an epoch
         self.scheduler = scheduler_for(self.optimizer, config.schedule, config.epochs, steps)
         self.epoch = self.batch = 0  # what comes next
         self.loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # of this epoch's images so far, summed
         self.best: dict[str, Any] = {"accuracy": -1.0, "checkpoint": None}
-        self.rate = 0.0  # of the last step
+        self.rate = self.inside = 0.0  # of the last step; seconds of this epoch's steps
         self.history: list[dict[str, Any]] = []
 
     def _average(self) -> Any:
@@ -196,7 +207,8 @@ class Run:
         self.batch += 1
         if full:
             if config.clip is not None:
-                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip)
+                options = {"max_norm": config.clip, "error_if_nonfinite": False}  # a scaler's first steps overflow
+                self.fabric.clip_gradients(self.model, self.optimizer, **options)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
@@ -214,21 +226,31 @@ class Run:
 
     # --- an epoch ----------------------------------------------------------------------------------
 
-    def train_epoch(self, out: FilePath, bar: Any, came: list[int]) -> float:
-        """What is left of an epoch; returns the seconds that went into steps."""
-        config, inside = self.config, 0.0
+    def train_epoch(self, out: FilePath, bar: Any, came: list[int]) -> None:
+        """What is left of an epoch, and a checkpoint before it is evaluated."""
+        config, self.inside = self.config, 0.0
         self.model.train()
         for x, y, size in self.loader.epoch(self.epoch, self.batch):
             begun = time.perf_counter()
             self.step(x, y, size)
-            inside += time.perf_counter() - begun
+            self.inside += time.perf_counter() - begun
             bar.update()
             complete = self.batch % config.accumulate == 0 and self.batch < len(self.loader)
             if complete and self.told(came):
                 raise stopped(came, self.save(out))
-            if complete and config.save_every and self.batch % config.save_every == 0:
+            every = config.save_every  # or the first complete group after it
+            if complete and every and self.batch // every > (self.batch - config.accumulate) // every:
                 self.save(out)
-        return inside
+
+        self.agree()
+        self.save(out)
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Running statistics that ranks took of their own parts alone become their mean."""
+        if self.fabric.world_size > 1 and not self.config.sync_bn:
+            for buffer in (b for b in self.subject.buffers() if b.is_floating_point()):
+                buffer.copy_(self.fabric.all_reduce(buffer.clone(), reduce_op="mean"))
 
     def told(self, came: list[int]) -> bool:
         """Whether any rank was told to stop; all ranks get the same answer."""
@@ -267,7 +289,8 @@ class Run:
         return state | {
             "scaler": self.fabric.strategy.precision.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "place": {"epoch": self.epoch, "batch": self.batch, "loss": self.loss, "best": self.best},
+            "place": {"epoch": self.epoch, "batch": self.batch, "rate": self.rate, "best": self.best},
+            "loss": self.fabric.all_gather(self.loss).view(-1).cpu(),  # of every rank
             "log": log,  # bytes of metrics.jsonl that belong to this state
             "run": {"recipe": self.name, "config": json.dumps(self.plain), "data": self.data.fingerprint},
         }
@@ -301,11 +324,18 @@ class Run:
                 self.average.load_state_dict(state["average"])
             self.fabric.strategy.precision.load_state_dict(state["scaler"])
             self.scheduler.load_state_dict(state["scheduler"])
-            self.epoch, self.batch, self.best = place["epoch"], place["batch"], place["best"]
-            self.loss.copy_(place["loss"])
+            self.epoch, self.batch, self.best, self.rate = (place[key] for key in ("epoch", "batch", "best", "rate"))
+            losses, rank = state["loss"], self.fabric.global_rank
+            if len(losses) != self.fabric.world_size:  # other devices than before: what matters is the sum
+                losses = torch.cat([losses.sum().view(1), losses.new_zeros(self.fabric.world_size - 1)])
+            self.loss.copy_(losses[rank])
             log = state["log"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"checkpoint {path}: its content does not fit ({type(error).__name__}: {error})") from error
+        if self.fabric.is_global_zero:
+            for later in checkpoints.saved(out / "checkpoints"):
+                if later.name > path.name:  # of a future that this run will not have
+                    later.unlink()
         self.history = outputs.rewind(out, log, self.fabric.is_global_zero)
         self.fabric.barrier()
 
@@ -324,7 +354,7 @@ def run(
     require("lightning", "torchmetrics", "matplotlib", "tqdm", "yaml")
     fabric = fabric_for(config)
     fabric.launch()
-    with folder_for(out), signals() as came:
+    with folder_for(out):
         checkpoint = outputs.find(out, resume, overwrite)
         this = Run(config, plain, name, fabric)  # looks at data and options before anything in the folder changes
         outputs.prepare(fabric, out, anew=checkpoint is None)
@@ -333,7 +363,8 @@ def run(
         log = outputs.Log(fabric, out, config, len(this.loader) * this.epoch + this.batch, len(this.loader))
         log.begin(name, plain, this.data.describe())
         outputs.introduce(this)
-        train(this, out, log, came)
+        with signals() as came:
+            train(this, out, log, came)
         metrics = outputs.conclude(this, out)
         fabric.barrier()
     return metrics
@@ -349,13 +380,18 @@ def train(this: Run, out: FilePath, log: outputs.Log, came: list[int]) -> None:
     with tqdm(total=batches * epochs, initial=batches * this.epoch + this.batch, **look) as bar:
         while this.epoch < epochs:
             begun, first = time.perf_counter(), this.batch
-            inside = this.train_epoch(out, bar, came)
+            times = {"epoch": this.epoch + 1}
+            try:
+                this.train_epoch(out, bar, came)
+            finally:
+                trained = time.perf_counter()
+                times |= {"batches": this.batch - first, "seconds": trained - begun, "in_steps": this.inside}
+                log.time(times)
             trained = time.perf_counter()
             row = this.finish_epoch()
             log.write(row, this.history)
             this.save_epoch(out, row)
-            times = {"epoch": this.epoch, "batches": batches - first, "seconds": trained - begun}
-            log.time(times | {"in_steps": inside, "evaluating_and_saving": time.perf_counter() - trained})
+            log.time({"epoch": this.epoch, "evaluating_and_saving": time.perf_counter() - trained})
             if "holdout" in row:
                 full = row["holdout"]["full"]["accuracy"]
                 bar.set_postfix_str(f"epoch {this.epoch}/{epochs}, hold-out {full:.1%}", refresh=False)

@@ -61,17 +61,17 @@ def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Datas
     return data, replace(Augment.of(data, normalise=known["normalise"]), mean=known["mean"], std=known["std"]).eval()
 
 
-def holdout(content: dict[str, Any], root: Path | None = None, crops: int = 1, workers: int = 2) -> Loader:
+def holdout(content: dict[str, Any], root: Path | None = None, crops: int = 1, device: str = "cpu") -> Loader:
     """The hold-out of a checkpoint, in batches that `scores` can be given by `views`."""
     data, augment = images_of(content, root)
     if crops == 10 and data.streamed:
         augment = augment.eval(ten_crop=True)
     chunk = 50 if data.streamed or crops > 1 else CHUNK
-    return Loader(data.test, chunk, seed=0, augment=augment, shuffle=False, workers=workers)
+    return Loader(data.test, chunk, seed=0, augment=augment, shuffle=False, device=device, workers=2)
 
 
 def views(loader: Loader, crops: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches of a loader, as they are or as ten crops: of small images after padding by 4, as in training."""
+    """Batches of a loader, as they are or as ten crops: of small images after padding by 4 zeros."""
     for x, y, _ in loader.epoch(0):
         if crops == 10:
             small = isinstance(loader.images, Images)
