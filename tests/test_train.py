@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import yaml  # noqa: E402
-from fractalnet import checkpoints, evaluate, outputs, sources, train  # noqa: E402
+from fractalnet import checkpoints, evaluate, loader, outputs, sources, train  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from image_files import write_folder  # noqa: E402
 
@@ -157,9 +157,34 @@ def test_signals(tmp_path, whole, number, status):
     assert not list(out.rglob("model.pt"))
 
 
+def test_signal_to_all_processes(tmp_path):
+    """As schedulers send it: the workers too."""
+    out, images = tmp_path / "run", write_folder(tmp_path / "images", count=200, size=(12, 12))
+    data = {"source": f"folder:{images}", "image_size": 8, "workers": 2}  # other than the images' size: streamed
+    recipe = written(tmp_path, data=data, batch_size=4, epochs=400)
+    command = [sys.executable, "-m", "fractalnet", "train", recipe, "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    try:
+        limit = time.monotonic() + 100
+        while not checkpoints.saved(out / "checkpoints"):
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, said.decode()
+    last = checkpoints.saved(out / "checkpoints")[-1]
+    assert said.decode().splitlines()[-1] == f"stopped; {last} is written, --resume goes on from there"
+
+
 def test_streamed_images(tmp_path, monkeypatch):
     """Workers, and images that are read while training."""
     monkeypatch.setattr(sources, "MEMORY", 0)
+    monkeypatch.setattr(loader, "GRACE", 1)
     images = write_folder(tmp_path / "images", count=8, size=(12, 12))
     data = {"source": f"folder:{images}", "image_size": 8, "mirror": True, "workers": 1}
     options = {"data": data, "batch_size": 4, "accumulate": 1, "save_every": 1, "ema": None, "epochs": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from .formats import Files, Images
 __all__ = ["Loader"]
 
 ORDER, BATCH, SAMPLE = 101, 102, 103  # what a key's numbers are drawn for
+GRACE = 20  # seconds that a worker goes on after SIGTERM
 Item = tuple[int, int]  # epoch, index
 
 
@@ -35,6 +37,13 @@ class Views(TorchDataset):
             return error
         side = self.augment.view_size
         return torch.stack(views) if views else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
+def linger(_: int) -> None:
+    """Ctrl-C and SIGTERM are often sent to all processes of a training: its own one answers, and may need a batch more
+    until it has written its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def itself(batch: Any) -> Any:
@@ -91,6 +100,7 @@ class Loader:
             batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=itself,
+            worker_init_fn=linger,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # else every epoch draws from PyTorch's own
