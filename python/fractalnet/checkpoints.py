@@ -6,7 +6,6 @@ renamed, so that whatever happens the files under their own names are whole.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -73,7 +72,7 @@ def prove(path: Path) -> None:
         reason = f"{broken} does not match its checksum" if broken else None
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path}: there is no such file") from error
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # the last: a damaged entry's method
         reason = getattr(error, "strerror", None) or str(error)
     if reason is None:
         return
@@ -91,6 +90,4 @@ def load(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(f"checkpoint {path}: its content does not fit ({reason})") from error
     except Exception as error:  # what the unpickler raises for what it does not accept is not public
-        with contextlib.suppress(Exception):
-            fabric.barrier()
         raise UserError(f"checkpoint {path}: not a checkpoint of a training ({type(error).__name__})") from error

@@ -149,7 +149,7 @@ def recipes() -> list[str]:
 
 
 def files(name: str) -> list[str]:
-    """The YAML texts of a recipe, what comes later goes first."""
+    """The YAML texts of a recipe, each over the ones before it."""
     if name == "digits":
         return [(FOLDER / "digits.yaml").read_text("utf-8")]
     if name in paper():

@@ -101,9 +101,7 @@ def fabric_for(config: Config) -> Fabric:
     except Exception as error:  # lightning's own MisconfigurationException
         raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
-        raise UserError(
-            f"train: --precision: expected another than {config.precision} on {fabric.device.type}, got that"
-        )
+        raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
     return fabric
 
 
@@ -241,7 +239,6 @@ class Run:
             every = config.save_every  # or the first complete group after it
             if complete and every and self.batch // every > (self.batch - config.accumulate) // every:
                 self.save(out)
-
         self.agree()
         self.save(out)
 
