@@ -37,7 +37,8 @@ def record(benchmark: Any) -> Callable[..., None]:
 
 @pytest.fixture
 def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
-    """Times the contenders in turn and records the row; `extra` maps the row to further figures."""
+    """Times the contenders in turn and records the row; `extra` maps the row to further figures, `case` names what a
+    plot goes by (op, backend, dtype, ...)."""
 
     def run(
         group: str,
@@ -46,10 +47,11 @@ def compare(benchmark: Any, record: Callable[..., None]) -> Callable[..., None]:
         rounds: int,
         cycle: int | None = None,
         extra: Callable[[dict[str, Any]], dict[str, float]] | None = None,
+        case: dict[str, Any] | None = None,
     ) -> None:
         times = alternate(benchmark, contenders, rounds)
         if times is not None:
-            row = figures(times, cycle)
+            row = figures(times, cycle) | ({"case": case} if case else {})
             record(group, what, row, **(extra(row) if extra else {}))
 
     return run

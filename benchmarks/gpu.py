@@ -31,7 +31,7 @@ from benchmarks.report import RESULTS, ROOT, ReportError, commit, condense, tabl
 
 LIMITS = {"build": 240, "test": 300, "sanitize": 400, "tune": 300, "kernels": 300}  # seconds
 ALWAYS = ("build", "test", "kernels")
-TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "triton", "tiles", "tuning", "cuda")]
+TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda")]
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 BENCH = "benchmarks/bench_gpu.py"
 

@@ -145,7 +145,7 @@ def fractal_block(
             shallow first (``schedule(C).starts``).
         gamma, beta, conv_bias: [U, K], U = 2**C - 1 units in the schedule's order, or None.
         path: bool [R, C] on the CPU, whether column c is kept in row r's join: only what lives runs. Or [R, C, N], a
-            path per sample: joins are masked.
+            path per sample: joins are masked. With ``dense`` either may be on the device: the host does not look at it.
         mean, var: [U, K] statistics to normalise with (evaluation); None: the batch's (training).
         dropout: rate between the convolution and the batch norm, in training.
         pool: 2x2 max-pool of each column "before" the last join, "after" it, or None.
@@ -154,7 +154,7 @@ def fractal_block(
             neighbouring samples that keep one column alone run that column only: sort the batch's paths accordingly.
         group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
             norm; paths for the batch must be the same on all ranks); None: this process's batch.
-        dense: run everything and mask, the definition that skipping is held against.
+        dense: run everything and mask: the definition that skipping is held against, and what a CUDA graph holds.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros. Loss, gradients and statistics equal the
         dense execution's. Saved for backward: the live joins, convolution outputs and their statistics.

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backends, sync, tiny_conv
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
 from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
-from .schedule import plan, schedule
+from .schedule import schedule
 
 _aten = torch.ops.aten
 
@@ -114,8 +114,7 @@ def _block_forward(
                 joins.append(target)
             source = target
     if training:
-        alive = plan(rows.columns, tuple(path.flatten().tolist())).units if path.dim() == 2 else range(units)
-        stats.finish(alive, x.shape[0] * x.shape[2] * x.shape[3])
+        stats.finish(rows.alive(path, dense), x.shape[0] * x.shape[2] * x.shape[3])
     if not training:
         mean, var = x.new_empty(0), x.new_empty(0)
     return [source, count, mean, var, *joins, *kept]

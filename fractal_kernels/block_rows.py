@@ -144,6 +144,16 @@ class Rows:
         self.spread_out = self.several or (self.per_sample and bool(group))
         self.slots = self.schedule.ends if self.spread_out else self.segments[0].plan.joins
 
+    def alive(self, path: Tensor, dense: bool) -> Sequence[int] | Tensor:
+        """The units that live; of a dense execution bool [U]: its path may be on a device, where the host must not look."""
+        units = self.schedule.units
+        if self.per_sample:
+            return range(len(units))
+        if not dense:
+            return plan(self.columns, tuple(path.flatten().tolist())).units
+        live = live_samples(self.columns, path.unsqueeze(2))
+        return torch.stack([live[unit.end, unit.column, 0] for unit in units]).to(self.device)
+
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
         wide = wide_is_faster(weights[row].shape[1])
@@ -301,9 +311,12 @@ class Statistics:
             mean, var, count = (t[here] for t in self.layers[0])
             sync.merge(mean, var, count, self.rows.group)
 
-    def finish(self, alive: Sequence[int], values: int) -> None:
+    def finish(self, alive: Sequence[int] | Tensor, values: int) -> None:
         """The number of values of the units that live for the batch, where that is all there is to it; of no other."""
         count, counted = self.layers[0][2], self.rows.counted
+        if isinstance(alive, Tensor):
+            count.copy_((count if counted else values) * alive)
+            return
         dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
         for first, last in _ranges(dead if counted else alive):
             count[first:last].fill_(0 if counted else values)

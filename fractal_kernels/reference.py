@@ -84,12 +84,16 @@ def _dz(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:
 
 
 def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
+    axes = [d for d in range(ys[0].dim()) if d != 1]
     for i, y in enumerate(ys):
         alive = _alive(mask, i, y).expand(y.shape[0], *(1,) * (y.dim() - 1))
-        kept = y[alive.flatten()].to(mean.dtype).transpose(0, 1).flatten(1)
-        count[i] = kept.shape[1]
-        mean[i] = kept.mean(1) if kept.shape[1] else 0
-        var[i] = kept.var(1, correction=0) if kept.shape[1] else 0
+        count[i] = alive.sum() * y[:1, :1].numel() if y.shape[0] else 0
+        number = count[i].clamp(min=1)
+        mean[i] = torch.where(alive, y.to(mean.dtype), 0).sum(axes) / number
+        away = torch.where(alive, y - _per_channel(mean[i], y), 0)
+        shift = away.sum(axes) / number  # what rounding left of the mean in a long sum
+        mean[i] += shift
+        var[i] = away.square().sum(axes) / number - shift.square()
 
 
 def join_forward(

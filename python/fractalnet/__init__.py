@@ -1,8 +1,9 @@
 """FractalNet: the network, its drop-path and its training, on ``fractal_kernels``."""
 
 from .drop_path import Path, tied_loss
+from .graphed import GraphedStep
 from .model import FractalNet
 from .plain import PlainNet
 from .zoo import create, list_models
 
-__all__ = ["FractalNet", "Path", "PlainNet", "create", "list_models", "tied_loss"]
+__all__ = ["FractalNet", "GraphedStep", "Path", "PlainNet", "create", "list_models", "tied_loss"]

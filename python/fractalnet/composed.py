@@ -101,12 +101,18 @@ class ComposedBlock(Block):
         self.register_buffer("running_mean", torch.zeros(sets, total))
         self.register_buffer("running_var", torch.ones(sets, total))
         self.register_buffer("num_batches_tracked", torch.zeros(sets, len(self.sizes)))
+        owner = [i for i, size in enumerate(self.sizes) for _ in range(size)]  # of every channel: its unit
+        self.register_buffer("_owner", torch.tensor(owner), persistent=False)
         self.act = ACTIVATIONS[self.activation]()
 
     def init_weights(self, init: str) -> None:
         for weight in (*self.weights, *self.weights_1x1.values(), *self.projections.values()):
             out_channels, kernel, _, in_channels = weight.shape
             init_conv(weight, init, in_channels * kernel**2, out_channels * kernel**2)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """[S, U] in the shape of the running statistics."""
+        return values.index_select(1, self._owner)
 
     def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
         """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,
@@ -137,41 +143,49 @@ class ComposedBlock(Block):
     def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
         """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`.
 
-        Per batch only live units run, or with ``dense`` all, masked. Per sample each unit runs on the samples for which
-        it lives: its statistics are theirs, and ``dense`` changes nothing.
+        Per batch only live units run, or with ``dense`` all, masked: then ``keep`` may be on the device, where the host
+        does not look at it. Per sample each unit runs on the samples for which it lives: its statistics are theirs, and
+        ``dense`` changes nothing.
         """
         self._check(x, keep)
+        live: dict[int, Tensor] | None = None
+        indices: dict[int, Tensor] = {}
         if keep.dim() == 3:
             live = self._live_samples(keep.cpu())
             runs = {i for i, samples in live.items() if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
             indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
-            tracked = runs
         else:
-            path = plan(self.columns, tuple(keep.flatten().tolist()))
-            chosen = everything(self.columns) if dense else path
-            runs, joins, tracked, indices = set(chosen.units), chosen.joins, set(path.units), {}
+            chosen = everything(self.columns) if dense else plan(self.columns, tuple(keep.flatten().tolist()))
+            runs, joins = set(chosen.units), chosen.joins
         sets = int(alone) % self.running_mean.shape[0]
-        vectors = (self.gamma, self.beta, self.conv_bias, self.running_mean[sets], self.running_var[sets])
-        split = [None if v is None else v.split(self.sizes) for v in vectors]
+        taken = [self.running_mean[sets], self.running_var[sets]]
+        if self.training:
+            taken = [torch.zeros_like(t) for t in taken]
+        split = [None if v is None else v.split(self.sizes) for v in (self.gamma, self.beta, self.conv_bias, *taken)]
         branches: dict[int, Tensor] = {}
         out = x
         for row, joined in enumerate(joins):
             for unit in self.schedule.starts[row]:
                 if unit.id in runs:
-                    counts = self.num_batches_tracked[sets, unit.id] if unit.id in tracked else None
-                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), counts)
+                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id))
             if joined:
                 mask = None
                 if keep.dim() == 3:
                     mask = torch.stack([live[u.id] for u in joined]).to(x.device)
                 elif dense:
-                    mask = keep[row, [u.column for u in joined]].to(x.device)
+                    mask = keep[row, joined[0].column :].to(x.device)
                 out = self._join([branches.pop(u.id) for u in joined], mask, last=row == len(joins) - 1)
             elif row == len(joins) - 1 or any(u.id in runs for u in self.schedule.starts[row + 1]):
                 ends = self.schedule.ends[row]  # nothing is kept for any sample, and somebody reads it
                 zeros = x.new_zeros(x.shape[0], max(self.widths[u.column] for u in ends), *x.shape[2:])
                 out = F.max_pool2d(zeros, 2) if row == len(joins) - 1 and self.pool in ("before", "after") else zeros
+        if self.training:
+            with torch.no_grad():
+                if keep.dim() == 2 and dense:
+                    live = self._live_samples(keep.unsqueeze(2))
+                count = self._count(x, runs, live, 1 if keep.dim() == 3 else x.shape[0])
+                self.track(count, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)
@@ -194,7 +208,7 @@ class ComposedBlock(Block):
 
     def _live_samples(self, keep: Tensor) -> dict[int, Tensor]:
         """Per unit, bool [N]: the samples whose result depends on it, from the last join backwards."""
-        reached = torch.zeros(self.schedule.rows, keep.shape[2], dtype=torch.bool, device="cpu")
+        reached = torch.zeros(self.schedule.rows, keep.shape[2], dtype=torch.bool, device=keep.device)
         reached[-1] = True
         live: dict[int, Tensor] = {}
         for row in range(self.schedule.rows - 1, -1, -1):
@@ -204,7 +218,17 @@ class ComposedBlock(Block):
                     reached[unit.start - 1] |= live[unit.id]
         return live
 
-    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, counts: Tensor | None) -> Tensor:
+    def _count(self, x: Tensor, runs: set[int], live: dict[int, Tensor] | None, samples: int) -> Tensor:
+        """Values per unit [U]; ``live`` None: what runs has all of the batch's, else every entry is so many samples."""
+        pixels = x.shape[2] * x.shape[3]
+        if live is not None:
+            return torch.stack([live[u.id].sum() for u in self.schedule.units]).to(x.device) * (samples * pixels)
+        count = torch.zeros(len(self.sizes), dtype=torch.int64, device=x.device)
+        for i in runs:
+            count[i].fill_(samples * pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
+        return count
+
+    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None) -> Tensor:
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""
         z = x if samples is None else x.index_select(0, samples)
         y = F.conv2d(z, unit.weight, padding=1)
@@ -214,7 +238,7 @@ class ComposedBlock(Block):
             y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
         if rate := self.rate("conv"):
             y = F.dropout(y, rate, self.training)
-        y = self.act(self._norm(y, unit, counts))
+        y = self.act(self._norm(y, unit))
         if rate := self.rate("activation"):
             y = F.dropout(y, rate, self.training)
         if unit.projection is not None:
@@ -224,17 +248,11 @@ class ComposedBlock(Block):
         zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
         return zeros.index_copy(0, samples, y)
 
-    def _norm(self, y: Tensor, unit: SimpleNamespace, counts: Tensor | None) -> Tensor:
-        """Batch norm; in training it moves the running statistics, unless the unit is dead (``counts`` None)."""
-        mean, var, momentum = unit.running_mean, unit.running_var, self.momentum
-        if self.training:
-            if counts is None or y.numel() <= y.shape[1]:  # none, or one value has no unbiased variance
-                mean = var = None
-            else:
-                counts.add_(1)
-                momentum = 1 / float(counts) if momentum is None else momentum
+    def _norm(self, y: Tensor, unit: SimpleNamespace) -> Tensor:
+        """Batch norm; in training the unit's statistics become the batch's (momentum 1), the variance unbiased."""
         # Not F.batch_norm, which refuses one value per channel: a sample's path may leave a unit no more than that.
-        return torch.batch_norm(y, unit.gamma, unit.beta, mean, var, self.training, momentum or 0.0, self.eps, True)
+        stats = (unit.running_mean, unit.running_var)
+        return torch.batch_norm(y, unit.gamma, unit.beta, *stats, self.training, 1.0, self.eps, True)
 
     def _join(self, branches: list[Tensor], mask: Tensor | None, last: bool) -> Tensor:
         if last and self.pool == "before":

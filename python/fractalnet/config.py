@@ -83,6 +83,7 @@ class Config:
         label_smoothing: of the training loss.
         precision: of the arithmetic: fp32 is exact, tf32 lets GPUs round factors, bf16 and fp16 are mixed.
         compile: let torch.compile have the network.
+        graphs: replay training steps as CUDA graphs, one for each kind of path.
         seed: of weights, batches, augmentation, dropout and paths.
         evaluate_every: epochs between two looks at the hold-out; the last one is always measured.
         save_every: batches between two checkpoints inside an epoch; there is one at the end of every epoch.
@@ -108,6 +109,7 @@ class Config:
     label_smoothing: float = 0.0
     precision: PRECISIONS = "fp32"
     compile: bool = False
+    graphs: bool = False
     seed: int = 0
     evaluate_every: int = 1
     save_every: int | None = None
@@ -130,9 +132,10 @@ INSIDE = {
     "clip": (0, math.inf), "ema": (0, 1), "label_smoothing": (-1e-9, 1), "schedule.factor": (0, 1 + 1e-9),
     "optimizer.init_args.lr": (0, math.inf),
 }  # fmt: skip
-# What may differ between a run and its continuation: it changes neither weights nor metrics (devices: by rounding).
+# What may differ between a run and its continuation: it changes neither weights nor metrics. The last line: but for
+# rounding, and for which values dropout drops.
 FREE = ("keep", "save_every", "tensorboard", "compare_eager", "data.root", "data.workers")
-FREE += ("accelerator", "devices", "nodes")
+FREE += ("accelerator", "devices", "nodes", "graphs")
 
 
 def paper() -> dict[str, dict[str, Any]]:

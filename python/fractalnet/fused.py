@@ -69,6 +69,27 @@ class Block(nn.Module):
         rate = self.rate("block")
         return F.dropout(joined, rate, self.training) if rate else joined
 
+    def track(self, count: Tensor, mean: Tensor, var: Tensor, alone: Tensor) -> None:
+        """Moves the running statistics of the units that ran, in the set of this step; the host reads no device.
+
+        ``count`` [U]: values per unit. ``mean``, unbiased ``var``: of this batch, in the shape of a set.
+        """
+        buffers, ran = [self.num_batches_tracked, self.running_mean, self.running_var], (count > 1).unsqueeze(0)
+        sets = self.running_mean.shape[0]
+        if torch.compiler.is_compiling():  # the set is data, so that a compiled step is one graph
+            ran = (torch.arange(sets) == alone % sets).to(count.device).unsqueeze(1) & ran
+        else:
+            buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
+        tracked, *running = buffers
+        ran = ran.to(tracked.dtype)
+        tracked.add_(ran)
+        weight = ran * self.momentum if self.momentum is not None else ran / tracked.clamp(min=1)
+        weight = self.per_channel(weight.to(mean.dtype))
+        moved = weight > 0
+        for statistics, batch in zip(running, (mean, var), strict=True):
+            # Not lerp alone: what is not finite in this batch would reach what did not run at a weight of 0.
+            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
+
     def find(self, c: int, j: int) -> Unit:
         """Column c's j-th unit."""
         for unit in self.schedule.units:
@@ -158,6 +179,10 @@ class FractalBlock(Block):
         self.register_buffer("running_var", torch.ones(sets, units, channels))
         self.register_buffer("num_batches_tracked", torch.zeros(sets, units))
 
+    def per_channel(self, values: Tensor) -> Tensor:
+        """[S, U] in the shape of the running statistics."""
+        return values.unsqueeze(2)
+
     def init_weights(self, init: str) -> None:
         for weight in self.weights:
             init_conv(weight, init, weight.shape[3] * 9, self.channels * 9)  # fans of a unit, not of the wide weight
@@ -207,19 +232,6 @@ class FractalBlock(Block):
         )
         if self.training:
             with torch.no_grad():
-                self._track(result.counts, result.mean, result.var, alone)
+                count = result.counts
+                self.track(count, result.mean, result.var * (count / (count - 1).clamp(min=1)).unsqueeze(1), alone)
         return self.finish(result.out)
-
-    def _track(self, count: Tensor, mean: Tensor, var: Tensor, alone: Tensor) -> None:
-        """Moves the running statistics of the units that ran, in the set of this step, without reading the device."""
-        sets = self.running_mean.shape[0]
-        chosen = (torch.arange(sets) == alone % sets).to(count.device)
-        ran = (chosen.unsqueeze(1) & (count > 1)).to(self.num_batches_tracked.dtype)
-        self.num_batches_tracked.add_(ran)
-        weight = ran * self.momentum if self.momentum is not None else ran / self.num_batches_tracked.clamp(min=1)
-        weight = weight.unsqueeze(2).to(self.running_mean.dtype)
-        unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
-        moved = weight > 0
-        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
-            # Not lerp alone: what is not finite in this batch would reach the other set at a weight of 0.
-            running.lerp_(torch.where(moved, batch.to(running.dtype), running), weight)

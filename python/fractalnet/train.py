@@ -14,19 +14,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
+from .devices import fabric_for
 from .drop_path import Path, generator_for, tied_loss
 from .files import Stopped, UserError, folder_for, require
+from .graphed import GraphedStep
 from .loader import Loader
 from .model import FractalNet
 from .plain import PlainNet
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "run"]
 
-PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
 AGREE_EVERY = 10  # steps between two looks at whether a rank was told to stop
 
 
@@ -65,44 +64,6 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def fabric_for(config: Config) -> Fabric:
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
-
-    def shard(model: nn.Module, _: object) -> nn.Module:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)  # over all ranks: Fabric's own mesh splits data over nodes alone
-
-    if config.strategy == "fsdp":
-        strategy: Any = ModelParallelStrategy(shard, save_distributed_checkpoint=False, timeout=TIMEOUT)
-    elif config.strategy == "ddp" or config.devices != "1" or config.nodes > 1:
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=TIMEOUT)
-    else:
-        strategy = "auto"
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    if config.strategy == "fsdp" and config.precision not in ("fp32", "tf32"):
-        raise UserError(f"train: --precision: expected fp32 or tf32 beside --strategy fsdp, got {config.precision}")
-    try:
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.nodes,
-            strategy=strategy,
-            precision=PRECISION[config.precision],
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from error
-    except Exception as error:  # lightning's own MisconfigurationException
-        raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
-        raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
-    return fabric
 
 
 def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
@@ -149,6 +110,7 @@ class Run:
             raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
         steps = -(-len(self.loader) // config.accumulate)  # of an epoch
         self.scheduler = scheduler_for(self.optimizer, config.schedule, config.epochs, steps)
+        self.graphed = self._graphs() if config.graphs else None
         self.epoch = self.batch = 0  # what comes next
         self.loss = torch.zeros((), dtype=torch.float64, device=fabric.device)  # of this epoch's images so far, summed
         self.best: dict[str, Any] = {"accuracy": -1.0, "checkpoint": None}
@@ -173,6 +135,17 @@ class Run:
         except ValueError as error:
             raise UserError(f"train: {error}; --sync_bn false keeps statistics per rank") from error
 
+    def _graphs(self) -> GraphedStep | None:
+        """Steps as CUDA graphs, or the reason why not, which is printed."""
+        config, made = self.config, GraphedStep(self.net, self.optimizer.optimizer, self.work)
+        several = "steps of several devices wait for one another" if self.fabric.world_size > 1 else ""
+        grouped = "gradients of several batches are added up" if config.accumulate > 1 else ""
+        compiled = "torch.compile has graphs of its own" if config.compile else ""
+        if reason := several or grouped or compiled or made.problem:
+            self.fabric.print(f"--graphs: not used: {reason}")
+            return None
+        return made
+
     @property
     def subject(self) -> FractalNet | PlainNet:
         """What is evaluated and kept."""
@@ -186,41 +159,50 @@ class Run:
         Ranks have parts of different sizes, and their gradients are averaged: so every rank divides its summed loss by
         the images of all ranks, and multiplies by the number of ranks.
         """
-        config, accumulate = self.config, self.config.accumulate
-        first = self.batch - self.batch % accumulate
-        images = min(accumulate * config.batch_size, self.loader.count - first * config.batch_size)
-        full = (self.batch + 1) % accumulate == 0 or self.batch + 1 == len(self.loader)
-        place = (config.seed, self.epoch, self.batch, self.fabric.global_rank)
+        place = (self.config.seed, self.epoch, self.batch, self.fabric.global_rank)
         torch.manual_seed(generator_for(*place).initial_seed())  # of dropout
+        whole = self.graphed is not None and len(x) == self.config.batch_size
+        path = self.path(size)
+        self.loss += self.graphed(x, y, path) if whole else self.work(x, y, path)
+        self.rate = self.optimizer.param_groups[0]["lr"]
+        full = self.full()
+        self.batch += 1
+        if full:
+            if self.average is not None:
+                self.average.update_parameters(self.net)
+            self.scheduler.step()
 
-        def criterion(logits: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(logits, target, label_smoothing=config.label_smoothing, reduction="sum")
+    def full(self) -> bool:
+        """Whether this batch is the last one of its group."""
+        return (self.batch + 1) % self.config.accumulate == 0 or self.batch + 1 == len(self.loader)
 
+    def work(self, x: Tensor, y: Tensor, path: Path | None, dense: bool = False) -> Tensor:
+        """The device's part of a step, and the summed loss. A graph records it, and the numbers that the host gives."""
+        config, full = self.config, self.full()
+        first = self.batch - self.batch % config.accumulate
+        images = min(config.accumulate * config.batch_size, self.loader.count - first * config.batch_size)
         # Not enabled=False: Fabric's context for sharded models would leave them unsynchronised behind it.
         with nullcontext() if full else self.fabric.no_backward_sync(self.model):
-            loss = tied_loss(self.forward(x, size), y, criterion)
+            logits = self.model(x) if path is None else self.model(x, path=path, dense=dense)
+            loss = tied_loss(logits, y, self.criterion)
             self.fabric.backward(loss * (self.fabric.world_size / images))
-        self.loss += loss.detach()
-        self.rate = self.optimizer.param_groups[0]["lr"]
-        self.batch += 1
         if full:
             if config.clip is not None:
                 options = {"max_norm": config.clip, "error_if_nonfinite": False}  # a scaler's first steps overflow
                 self.fabric.clip_gradients(self.model, self.optimizer, **options)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.update_parameters(self.net)
-            self.scheduler.step()
+        return loss.detach()
 
-    def forward(self, x: Tensor, size: int) -> Tensor:
-        """Logits of this rank's part; the path is that of the whole batch on every rank."""
+    def criterion(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, label_smoothing=self.config.label_smoothing, reduction="sum")
+
+    def path(self, size: int) -> Path | None:
+        """The path of this rank's part: on every rank that of the whole batch. None: the network has its own."""
         if not isinstance(self.net, FractalNet) or self.net.global_mode == "tied":
-            return self.model(x)
+            return None
         path = self.net.sample_path(size, generator_for(self.net.path_seed, self.net.path_step))
-        if path.keep.dim() == 4:
-            path = Path(path.keep[..., slice(*self.loader.part(size))])
-        return self.model(x, path=path)
+        return Path(path.keep[..., slice(*self.loader.part(size))]) if path.keep.dim() == 4 else path
 
     # --- an epoch ----------------------------------------------------------------------------------
 

@@ -1,0 +1,58 @@
+"""The devices of a training, by Lightning Fabric: accelerator, ranks, precision, and how weights are spread."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .config import Config
+from .files import UserError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+__all__ = ["fabric_for"]
+
+PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
+
+
+def fabric_for(config: Config) -> Fabric:
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    def shard(model: nn.Module, _: object) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.blocks:
+            fully_shard(block)
+        return fully_shard(model)  # over all ranks: Fabric's own mesh splits data over nodes alone
+
+    if config.strategy == "fsdp":
+        strategy: Any = ModelParallelStrategy(shard, save_distributed_checkpoint=False, timeout=TIMEOUT)
+    elif config.strategy == "ddp" or config.devices != "1" or config.nodes > 1:
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=TIMEOUT)
+    else:
+        strategy = "auto"
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    if config.strategy == "fsdp" and config.precision not in ("fp32", "tf32"):
+        raise UserError(f"train: --precision: expected fp32 or tf32 beside --strategy fsdp, got {config.precision}")
+    try:
+        fabric = Fabric(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.nodes,
+            strategy=strategy,
+            precision=PRECISION[config.precision],
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from error
+    except Exception as error:  # lightning's own MisconfigurationException
+        raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
+        raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
+    return fabric

@@ -1,0 +1,211 @@
+"""Training steps as CUDA graphs: forward, loss, backward and optimizer are one launch.
+
+At the image sizes of CIFAR a GPU waits for the host, which launches hundreds of short kernels a step. A graph is a step
+that was recorded once and is launched whole. What a recorded step does cannot depend on the host any more, so there is
+one graph for each global column, in which that column alone runs, and one for all local steps, in which everything runs
+and the joins read their masks on the device: the sampled path chooses the graph and fills the masks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .drop_path import Path
+from .model import FractalNet
+
+__all__ = ["GraphedStep"]
+
+Work = Callable[[Tensor, Tensor, Path | None, bool], Tensor]
+
+
+class Capturer(Protocol):
+    """How a call is recorded: by CUDA, or in the tests by what stands in for it."""
+
+    def warm(self, call: Callable[[], Tensor]) -> Tensor:
+        """Runs a call as it will be captured."""
+
+    def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Records a call without running it: what runs it, and the tensor that its result will be in."""
+
+
+class _Cuda:
+    """Graphs on one stream that share their memory: no two run at a time, and none needs what another left."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.pool = torch.cuda.Stream(device), None
+
+    def warm(self, call: Callable[[], Tensor]) -> Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            out = call()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return out
+
+    def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a thread that pins the next batch's memory meanwhile is none of the capture's business.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            out = call()
+        self.pool = self.pool or graph.pool()
+        return graph.replay, out
+
+
+class _Graph:
+    """A kind of step: its inputs, which stay where they are, and, once it is captured, what replays it."""
+
+    def __init__(self, x: Tensor, y: Tensor, path: Path | None) -> None:
+        self.x, self.y, self.path, self.uses = torch.empty_like(x), torch.empty_like(y), path, 0
+        self.masked = path is not None and path.column is None
+        if self.masked:
+            self.path = Path(torch.empty_like(path.keep, device=x.device))
+        self.replay: Callable[[], None] | None = None
+        self.out = x
+
+    def fill(self, x: Tensor, y: Tensor, path: Path | None) -> None:
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+        if self.masked:
+            self.path.keep.copy_(path.keep, non_blocking=True)
+
+
+class GraphedStep:
+    """A training step that is captured once for each kind of path, and then replayed.
+
+    The first ``warmup`` uses of a kind are ordinary steps; the next one captures, and from then on a step fills in the
+    images, targets, masks and learning rates and launches the graph. The loss, gradients and statistics are those of
+    the ordinary step: a local step runs dropped branches too and masks them, which changes the rounding, and which
+    values dropout drops.
+
+    Batches of another shape than the first one (the last of an epoch) run as ordinary steps. So does everything when
+    something cannot be captured: a warning gives the reason once, and so does :attr:`problem`.
+
+    Args:
+        net: the network whose paths choose the graph, a :class:`FractalNet` or any module without paths, in training
+            mode, on a CUDA device. Its tensors stay where they are: values may be loaded into them, ``net.to`` must not
+            be called.
+        optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step, its
+            other settings are recorded. Load its state, if any, before the first step.
+        work: ``work(x, y, path, dense)`` does all of a step on the device and returns the loss, a tensor: it calls
+            ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
+            part of it (counters, schedules, printing) would run when it is captured, and never again.
+        warmup: ordinary steps of a kind before it is captured.
+    Returns:
+        ``step(x, y, path=None)`` returns the loss, a tensor of its own. Without a path one is sampled.
+    Memory:
+        All graphs share one pool: as much as the largest step needs, beside what ordinary steps have cached.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), section 3, for the two kinds of path.
+    Example:
+        >>> net = FractalNet(10, 2, (8,), image_size=8)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+        >>> def work(x, y, path, dense):
+        ...     loss = nn.functional.cross_entropy(net(x, path=path, dense=dense), y)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad(set_to_none=True)
+        ...     return loss.detach()
+        >>> step = GraphedStep(net, optimizer, work)
+        >>> step.problem  # on a CUDA device: ''
+        'CUDA graphs need a CUDA device, and the network is on cpu'
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        work: Work,
+        *,
+        warmup: int = 2,
+        capturer: Capturer | None = None,
+    ) -> None:
+        if type(warmup) is not int or warmup < 1:
+            raise ValueError(f"GraphedStep: expected warmup >= 1, got {warmup!r}")
+        self.net, self.optimizer, self.work, self.warmup = net, optimizer, work, warmup
+        self.device = next(net.parameters()).device
+        self.problem = "" if capturer is not None else _problem(net, optimizer, self.device)
+        self.capturer = capturer or (None if self.problem else _Cuda(self.device))
+        self.graphs: dict[int | None, _Graph] = {}
+        self.shape: tuple[object, ...] | None = None
+        self.rates = [torch.empty((), device=self.device) for _ in optimizer.param_groups]
+        self.filled: list[float | None] = [None] * len(self.rates)
+
+    def __call__(self, x: Tensor, y: Tensor, path: Path | None = None) -> Tensor:
+        fractal = isinstance(self.net, FractalNet)
+        if path is None and fractal:
+            path = self.net.sample_path(len(x))
+        shape = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
+        self.shape = self.shape or shape
+        if self.problem or shape != self.shape or not self.net.training:
+            return self.work(x, y, path, False)
+        kind = path.column if fractal else None
+        if kind not in self.graphs:
+            self.graphs[kind] = _Graph(x, y, path)
+        graph = self.graphs[kind]
+        graph.fill(x, y, path)
+        if graph.replay is None:
+            if graph.uses < self.warmup:
+                graph.uses += 1
+                with self._on_the_device():
+                    return self.capturer.warm(lambda: self._call(graph))
+            if not self._capture(graph):
+                return self.work(x, y, path, False)
+        self._fill_rates()
+        graph.replay()
+        return graph.out.clone()
+
+    def _call(self, graph: _Graph) -> Tensor:
+        return self.work(graph.x, graph.y, graph.path, graph.masked)
+
+    def _capture(self, graph: _Graph) -> bool:
+        try:
+            with self._on_the_device(capturable=True):
+                graph.replay, graph.out = self.capturer.capture(lambda: self._call(graph))
+        except RuntimeError as error:  # CUDA's and PyTorch's, out of memory among them
+            self.problem = f"a step cannot be captured: {type(error).__name__}: {' '.join(str(error).split())}"
+            self.graphs.clear()
+            self.optimizer.zero_grad(set_to_none=True)  # what was recorded has left no values there
+            warnings.warn(f"GraphedStep: {self.problem}; steps run one kernel at a time", stacklevel=3)
+            return False
+        return True
+
+    @contextmanager
+    def _on_the_device(self, **options: Any) -> Iterator[None]:
+        """The optimizer with its learning rates on the device, where a replay can be given other ones."""
+        groups = self.optimizer.param_groups
+        before = [{key: group[key] for key in ("lr", *options) if key in group} for group in groups]
+        self._fill_rates()
+        try:
+            for group, rate, kept in zip(groups, self.rates, before, strict=True):
+                group.update({"lr": rate} | {key: value for key, value in options.items() if key in kept})
+            yield
+        finally:
+            for group, kept in zip(groups, before, strict=True):
+                group.update(kept)
+
+    def _fill_rates(self) -> None:
+        for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates, strict=True)):
+            if isinstance(group["lr"], Tensor):
+                rate.copy_(group["lr"], non_blocking=True)
+            elif self.filled[i] != group["lr"]:
+                self.filled[i] = group["lr"]
+                rate.fill_(group["lr"])
+
+
+def _problem(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> str:
+    """Why steps of this network cannot be captured, or an empty string."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, and the network is on {device.type}"
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return f"the optimizer's step is the host's: expected {type(optimizer).__name__}(fused=True)"
+    if isinstance(net, FractalNet):
+        if net.global_mode == "tied":
+            return 'global_mode "tied" draws its path inside the step'
+        if net.granularity == "sample" and any(reasons for reasons in net._composed):
+            return f"paths per sample choose the samples of composed blocks on the host: {net.info()}"
+    return ""

@@ -1,0 +1,100 @@
+"""CUDA graphs without CUDA: a step is recorded, operator by operator, and replayed on the tensors of the recording.
+
+What a replay shares with a real one: the host's code does not run again, so whatever the step took from the host (a
+path, a rate, a Python number) stays as it was; inputs, weights, statistics and momenta are read and written where they
+were; and random numbers come from the generator as it stands. The operators of the block, which are opaque to the
+dispatcher, are recorded from the inside, as CUDA would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fractal_kernels import block_ops
+
+_OPS = torch.ops.fractal_kernels
+INSIDE = {
+    _OPS.block_forward.default: block_ops._block_forward,
+    _OPS.block_backward.default: block_ops._block_backward,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator that runs, with what it took and returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in INSIDE:
+            with self:
+                return INSIDE[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            memory = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            fresh = [t.untyped_storage().data_ptr() not in memory for t in tensors(out)]
+            if not writes and not any(fresh):
+                continue  # views: they are where they were
+            again = func(*args, **kwargs)
+            for old, new, anew in zip(tensors(out), tensors(again), fresh, strict=True):
+                if anew:
+                    old.copy_(new)
+
+
+def tensors(tree):
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+class Twin:
+    """Stands in for CUDA in a ``GraphedStep``. ``state()`` lists the tensors that a step changes."""
+
+    def __init__(self, state):
+        self.state, self.captures, self.replays = state, 0, 0
+
+    def warm(self, call):
+        return call()
+
+    def capture(self, call):
+        tensors, generator = self.state(), torch.get_rng_state()
+        before = [t.detach().clone() for t in tensors]
+        recorder = Recorder()
+        with recorder:
+            out = call()
+        with torch.no_grad():  # a capture runs nothing
+            for t, value in zip(tensors, before, strict=True):
+                t.copy_(value)
+        torch.set_rng_state(generator)
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            recorder.replay()
+
+        return replay, out
+
+
+class Apart(TorchDispatchMode):
+    """Refuses what a capture cannot hold, on tensors of the "meta" device: copies between it and the host. That the
+    host reads nothing of it, PyTorch sees to."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in INSIDE:
+            with self:
+                return INSIDE[func](*args, **kwargs)
+        out = func(*args, **kwargs)
+        # A number in a tensor of the host's is passed to a kernel by value.
+        there = [t.device.type for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.device.type == "meta"]
+        if len(set(there)) > 1:
+            raise AssertionError(f"{func} takes from one device to the other")
+        return out

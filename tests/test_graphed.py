@@ -1,0 +1,273 @@
+"""Graphed steps: a replay is the ordinary step, whatever path, rate, images and random numbers it is given.
+
+Without a GPU the graphs are those of ``graph_twin``; ``-m gpu`` takes CUDA's.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import needs_gpu
+from fractalnet import FractalNet, PlainNet
+from fractalnet.drop_path import Path, column_path, full_path
+from fractalnet.graphed import GraphedStep
+from graph_twin import Apart, Twin
+
+from fractal_kernels import use_backend
+
+NETS = {
+    "fused": {"columns": 3, "channels": (8, 12)},
+    "dropout": {"columns": 2, "channels": (8, 8), "dropout": (0.1, 0.3)},
+    "cumulative": {"columns": 2, "channels": (8,), "momentum": None, "conv_bias": True, "bn_affine": False},
+    "one set": {"columns": 3, "channels": (8,), "split_stats": False, "pool_order": "after_join"},
+    "per sample": {"columns": 3, "channels": (8, 8), "granularity": "sample"},
+    "all statistics": {"columns": 2, "channels": (8,), "granularity": "sample", "stats": "all"},
+    "composed": {"columns": 3, "channels": (8, 16), "column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5},
+    "composed cumulative": {"columns": 3, "channels": (8,), "activation": "silu", "momentum": None},
+}
+
+
+def build(options, device="cpu", dtype=torch.float64):
+    """A network, what steps it, and every tensor that a step changes."""
+    torch.manual_seed(0)
+    kind = PlainNet if "depth_per_block" in options else FractalNet
+    net = kind(5, image_size=8, **options).to(device, dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=2**-4, momentum=0.9, weight_decay=1e-3, fused=True)
+
+    def work(x, y, path, dense):
+        logits = net(x) if kind is PlainNet else net(x, path=path, dense=dense)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return net, optimizer, work, lambda: changing(net, optimizer)
+
+
+def changing(net, optimizer):
+    moments = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
+    return [*net.parameters(), *net.buffers(), *moments]
+
+
+def batches(number, size=6, seed=1, device="cpu", dtype=torch.float64):
+    g = torch.Generator("cpu").manual_seed(seed)
+    for _ in range(number):
+        x = torch.randn(size, 3, 8, 8, generator=g, dtype=dtype, device="cpu")
+        y = torch.randint(5, (size,), generator=g, device="cpu")
+        yield x.to(device), y.to(device)
+
+
+def train(call, net, optimizer, data):
+    """Losses; every step has its own path, seed and learning rate."""
+    losses = []
+    for i, (x, y) in enumerate(data):
+        torch.manual_seed(100 + i)  # of dropout
+        optimizer.param_groups[0]["lr"] = 2.0 ** -(4 + i % 3)  # which float32 holds exactly: a graph has it as a tensor
+        path = net.sample_path(len(x)) if isinstance(net, FractalNet) else None
+        losses.append(call(x, y, path))
+    return losses
+
+
+def ordinary(work, dense=False):
+    """Without graphs. Dropout draws as many numbers as there are values, so local steps have to be dense to draw the
+    same ones."""
+    return lambda x, y, path: work(x, y, path, dense and path.column is None)
+
+
+def hold(got, expected, tolerance):
+    assert len(got) == len(expected) > 5
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_replays_equal_ordinary_steps(name, backend):
+    """In fp64: losses, weights, momenta and running statistics, over every kind of path."""
+    with use_backend(backend):
+        results = []
+        for graphed in (False, True):
+            net, optimizer, work, state = build(NETS[name])
+            twin = Twin(state)
+            step = GraphedStep(net, optimizer, work, capturer=twin) if graphed else ordinary(work, name == "dropout")
+            results.append((train(step, net, optimizer, batches(24)), state()))
+        kinds = 1 if net.granularity == "sample" else net.columns + 1
+        assert step.problem == "" and twin.captures == kinds and twin.replays == 24 - 2 * kinds
+        hold(results[1][0], results[0][0], 1e-10)
+        hold(results[1][1], results[0][1], 1e-10)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", list(NETS))
+def test_cuda_graphs_equal_ordinary_steps(name, gpu_backend):
+    """The same on a GPU, with CUDA's own graphs, in float32; repeated, the same bits."""
+    results = []
+    for graphed in (False, True, True):
+        net, optimizer, work, state = build(NETS[name], "cuda", torch.float32)
+        step = GraphedStep(net, optimizer, work) if graphed else ordinary(work, name == "dropout")
+        losses = train(step, net, optimizer, batches(24, device="cuda", dtype=torch.float32))
+        assert not graphed or (step.problem == "" and all(g.replay for g in step.graphs.values()))
+        results.append((losses, [t.clone() for t in state()]))
+    for got in results[1:]:
+        hold(got[0][:8], results[0][0][:8], 1e-3)  # rounding grows from step to step
+    assert all(torch.equal(a, b) for a, b in zip(results[1][0], results[2][0], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["column", "local"])
+@pytest.mark.parametrize("name", list(NETS))
+def test_the_host_and_the_device_exchange_nothing(name, kind, monkeypatch):
+    """Neither forward nor backward copies from the host or reads the device: either would break a capture."""
+    autocast = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: device != ("meta",) and autocast(*device))
+    net = build(NETS[name])[0].to("meta")
+    path = column_path(len(net.blocks), net.columns, 1)
+    if kind == "local":
+        keep = full_path(len(net.blocks), net.columns).keep
+        path = Path((keep if net.granularity == "batch" else keep.unsqueeze(3).repeat(1, 1, 1, 6)).to("meta"))
+    x, y = torch.empty(6, 3, 8, 8, dtype=torch.float64, device="meta"), torch.empty(6, dtype=torch.long, device="meta")
+    with use_backend("reference"), Apart():
+        F.cross_entropy(net(x, path=path, dense=kind == "local"), y).backward()
+    assert all(p.grad.device.type == "meta" for p in net.parameters())
+
+
+def test_a_network_without_paths():
+    results = []
+    for graphed in (False, True):
+        net, optimizer, work, state = build({"depth_per_block": 2, "channels": (6, 8)})
+        step = GraphedStep(net, optimizer, work, capturer=Twin(state)) if graphed else ordinary(work)
+        results.append((train(step, net, optimizer, batches(6)), state()))
+    hold(results[1][0] + results[1][1], results[0][0] + results[0][1], 1e-10)
+
+
+def test_a_loss_stays_what_it_was():
+    net, optimizer, work, state = build(NETS["fused"])
+    step = GraphedStep(net, optimizer, work, capturer=Twin(state), warmup=1)
+    path = column_path(2, 3, 0)
+    losses = [step(x, y, path) for x, y in batches(5)]
+    assert len({float(loss) for loss in losses}) == 5
+
+
+def test_other_shapes_and_evaluation_mode_run_as_they_are():
+    net, optimizer, work, state = build(NETS["fused"])
+    twin = Twin(state)
+    step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1)
+    for size in (6, 6, 6, 4, 6):
+        for x, y in batches(1, size):
+            step(x, y, full_path(2, 3))
+    assert (twin.captures, twin.replays) == (1, 3)
+    net.eval()
+    for x, y in batches(1):
+        step(x, y, full_path(2, 3))
+    assert twin.replays == 3
+
+
+def test_what_is_dropped_moves_nothing():
+    """A replay with other masks than those of the capture: dead units keep their statistics."""
+    net, optimizer, work, state = build(NETS["fused"])
+    step = GraphedStep(net, optimizer, work, capturer=Twin(state), warmup=1)
+    for x, y in batches(3):
+        step(x, y, full_path(2, 3))
+    shallow = Path(column_path(2, 3, 0).keep)  # a local path that happens to keep one column
+    block = net.blocks[0]
+    before = block.running_mean.clone(), block.num_batches_tracked.clone()
+    for x, y in batches(1):
+        step(x, y, shallow)
+    moved = (block.num_batches_tracked - before[1]).bool()
+    unit = block.find(0, 0).id
+    assert moved[0, unit] and moved.sum() == 1
+    assert torch.equal((block.running_mean != before[0]).any(2), moved)
+
+
+class Fails(Twin):
+    def capture(self, call):
+        call()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_a_capture_that_fails_is_said_once_and_steps_go_on():
+    net, optimizer, work, state = build(NETS["fused"])
+    step = GraphedStep(net, optimizer, work, capturer=Fails(state), warmup=1)
+    with pytest.warns(UserWarning, match="operation not permitted when stream is capturing; steps run"):
+        for x, y in batches(2):
+            step(x, y, full_path(2, 3))
+    assert step.problem.startswith("a step cannot be captured: RuntimeError: operation not")
+    assert optimizer.param_groups[0]["lr"] == 2**-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in batches(2):
+            assert step(x, y).isfinite()
+
+
+@pytest.mark.parametrize(
+    "options, fused, words",
+    [
+        ({}, True, "CUDA graphs need a CUDA device, and the network is on cpu"),
+        ({"columns": 2}, False, "expected SGD(fused=True)"),
+        ({"global_mode": "tied"}, True, '"tied" draws its path'),
+        ({"granularity": "sample", "activation": "silu"}, True, "composed"),
+    ],
+)
+def test_what_cannot_be_captured_says_why(options, fused, words, monkeypatch):
+    net = FractalNet(5, **({"columns": 2, "channels": (4,), "image_size": 8} | options))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
+    if options:
+        from fractalnet import graphed
+
+        problem = graphed._problem(net, optimizer, torch.device("cuda"))
+    else:
+        problem = GraphedStep(net, optimizer, lambda *_: None).problem
+    assert words in problem
+
+
+def test_wrong_warmup():
+    net, optimizer, work, _ = build(NETS["fused"])
+    with pytest.raises(ValueError, match="GraphedStep: expected warmup >= 1, got 0"):
+        GraphedStep(net, optimizer, work, warmup=0)
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_training(precision, monkeypatch, tmp_path, capsys):
+    """The training application with --graphs against itself without: weights, statistics and the log."""
+    pytest.importorskip("lightning")
+    from fractalnet import config, train
+
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        """
+network: {columns: 2, channels: [4, 6]}
+data: {source: digits}
+epochs: 2
+batch_size: 200
+clip: 1.0
+ema: 0.9
+optimizer: {class_path: SGD, init_args: {lr: 0.0625, momentum: 0.9, fused: true}}
+schedule: {kind: halving, factor: 0.5}
+tensorboard: false
+"""
+    )
+    twins, states = [], []
+
+    def graphed(net, optimizer, work):
+        twins.append(Twin(lambda: changing(net, optimizer)))
+        return GraphedStep(net, optimizer, work, capturer=twins[0], warmup=1)
+
+    monkeypatch.setattr(train, "GraphedStep", graphed)
+    for graphs in ("false", "true"):
+        found, plain = config.load(str(recipe), ["--graphs", graphs, "--precision", precision, "--accelerator", "cpu"])
+        train.run(found, plain, "small", tmp_path / graphs)
+        states.append(torch.load(tmp_path / graphs / "model.pt", weights_only=True)["state"])
+    assert twins[0].captures >= 2 and twins[0].replays >= 8
+    tolerance = 1e-9 if precision == "fp64" else 2e-2
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=tolerance, atol=tolerance, msg=key)
+
+
+def test_training_says_why_it_has_no_graphs(tmp_path, capsys):
+    pytest.importorskip("lightning")
+    from fractalnet.__main__ import main
+
+    options = ["--graphs", "true", "--epochs", "1", "--accelerator", "cpu", "--network.channels", "[4]"]
+    options += ["--network.columns", "1", "--compare_eager", "false", "--tensorboard", "false"]
+    assert main(["train", "digits", "--out", str(tmp_path / "run"), *options]) == 0
+    assert "--graphs: not used: CUDA graphs need a CUDA device" in capsys.readouterr().out
