@@ -145,7 +145,7 @@ class Rows:
         self.slots = self.schedule.ends if self.spread_out else self.segments[0].plan.joins
 
     def alive(self, path: Tensor, dense: bool) -> Sequence[int] | Tensor:
-        """The units that live; of a dense execution bool [U]: its path may be on a device, where the host must not look."""
+        """The units that live; of a dense execution bool [U]: its path may be on a device, unread by the host."""
         units = self.schedule.units
         if self.per_sample:
             return range(len(units))
