@@ -33,8 +33,9 @@ $(STAMP): constraints.txt setup.py pyproject.toml $(CSRC) | $(PY)
 demo: $(STAMP)
 	$(PY) -m fractalnet train digits --out runs/digits --overwrite $(ARGS)
 
+# Two processes, a file at a time. PASSIVE: threads that spin while they wait take the other process's time.
 test: $(STAMP)
-	$(PY) -m pytest -q tests $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Training on two ranks in every way, and the death of each: three minutes; `make test` has a part of it.
 ranks: $(STAMP)
@@ -70,9 +71,10 @@ cuda-check: $(STAMP)
 	cd tests && PYTHONPATH= ../.venv-cuda/bin/python cuda_load.py
 
 # The round on a machine with a GPU: no network, no virtual environment, the PyTorch that $(PYTHON) has.
-#   make gpu RESULTS=folder STAGES=test,kernels      (build, test, sanitize, tune, kernels; ARGS=--dry-run needs no GPU)
+#   make gpu RESULTS=folder STAGES=test,kernels      (build, test, sanitize, tune, kernels, steps)
+#   make gpu ARGS=--dry-run                          needs no GPU
 RESULTS ?= benchmarks/results
-STAGES ?= build,test,kernels
+STAGES ?= build,test,kernels,steps
 gpu:
 	$(PYTHON) -m benchmarks.gpu --results $(RESULTS) --stages $(STAGES) $(ARGS)
 

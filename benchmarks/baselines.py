@@ -70,32 +70,48 @@ def columns_ending(columns: int) -> list[list[int]]:
 
 
 class ConvBlock(nn.Module):
-    """3×3 convolution without bias, batch norm, ReLU in place."""
+    """Convolution without bias, batch norm, ReLU in place; 3×3, but for the last `small` channels, which are 1×1.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Where it meets wider columns (`joined` channels), a 1×1 projection follows.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, small: int = 0, joined: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels - small, 3, padding=1, bias=False)
+        self.conv_1x1 = nn.Conv2d(in_channels, small, 1, bias=False) if small else None
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
+        wider = joined is not None and joined > out_channels
+        self.projection = nn.Conv2d(out_channels, joined, 1, bias=False) if wider else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn(self.conv(x)))
+        y = self.conv(x)
+        if self.conv_1x1 is not None:
+            y = torch.cat([y, self.conv_1x1(x)], 1)
+        y = self.relu(self.bn(y))
+        return y if self.projection is None else self.projection(y)
 
 
 class Block(nn.Module):
-    """The grid of one fractal block: column c is a list of 2**c conv blocks."""
+    """The grid of one fractal block: column c, of widths[c] channels, is a list of 2**c conv blocks."""
 
-    def __init__(self, columns: int, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, widths: Sequence[int], kernel_mix: float) -> None:
         super().__init__()
-        self.grid = nn.ModuleList(
-            nn.ModuleList(ConvBlock(in_channels if j == 0 else out_channels, out_channels) for j in range(2**c))
-            for c in range(columns)
-        )
-        self.ending = columns_ending(columns)
+        self.ending = columns_ending(len(widths))
+        rows = len(self.ending)
+        joined = [max(widths[c] for c in columns) for columns in self.ending]
+
+        def cell(c: int, j: int) -> ConvBlock:
+            span = rows >> c
+            source = in_channels if j == 0 else joined[j * span - 1]
+            small = widths[c] - max(1, round(kernel_mix * widths[c]))
+            return ConvBlock(source, widths[c], small, joined[(j + 1) * span - 1])
+
+        self.grid = nn.ModuleList(nn.ModuleList(cell(c, j) for j in range(2**c)) for c in range(len(widths)))
 
 
 class Grid(nn.Module):
-    """Blocks and a linear head; what the two networks below share."""
+    """Blocks and a linear head; what the two networks below share. The options are those of `FractalNet`."""
 
     def __init__(
         self,
@@ -106,29 +122,48 @@ class Grid(nn.Module):
         in_channels: int = 3,
         image_size: int = 32,
         local_drop: float = LOCAL_DROP,
+        column_widths: Sequence[float] | None = None,
+        kernel_mix: float = 1.0,
+        stem: str | None = None,
+        last_pool: bool = True,
     ) -> None:
         super().__init__()
         self.columns, self.channels, self.local_drop = columns, tuple(channels), local_drop
-        widths = (in_channels, *channels)
-        self.blocks = nn.ModuleList(Block(columns, i, o) for i, o in zip(widths, channels, strict=False))
-        size = image_size >> len(self.channels)
-        if size < 1:
-            raise ValueError(f"Grid: expected image_size >= {2 ** len(self.channels)}, got {image_size}")
-        self.head = nn.Linear(channels[-1] * size * size, num_classes)
+        self.pools = [last_pool or b < len(channels) - 1 for b in range(len(channels))]
+        self.stem = nn.Identity()
+        if stem:
+            conv = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+            self.stem = nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+            in_channels, image_size = 64, image_size // 4
+        shares, sources = column_widths or (1,) * columns, (in_channels, *channels)
+        self.blocks = nn.ModuleList(
+            Block(i, [round(share * o) for share in shares], kernel_mix)
+            for i, o in zip(sources, channels, strict=False)
+        )
+        if image_size >> sum(self.pools) < 1:
+            raise ValueError(f"Grid: expected image_size >= {2 ** sum(self.pools)}, got {image_size}")
+        self.head = nn.Linear(channels[-1], num_classes)
 
-    @torch.no_grad()
     def load_from(self, model: nn.Module) -> None:
         """Copies weights and running statistics (set 0) from a `fractalnet.FractalNet`."""
+        pairs = [(self.head.weight, model.head.weight), (self.head.bias, model.head.bias)]
+        norms = [(self.stem[1], model.stem[0].bn)] if len(list(self.stem.children())) else []
+        pairs += [(self.stem[0].weight, model.stem[0].conv.weight)] if norms else []
         for b, block in enumerate(self.blocks):
             for c, column in enumerate(block.grid):
                 for j, cell in enumerate(column):
                     unit = model.blocks[b].unit(c, j)
-                    cell.conv.weight.copy_(unit.weight)
-                    cell.bn.weight.copy_(unit.gamma)
-                    cell.bn.bias.copy_(unit.beta)
-                    cell.bn.running_mean.copy_(unit.running_mean)
-                    cell.bn.running_var.copy_(unit.running_var)
-        self.head.load_state_dict(model.head.state_dict())
+                    pairs.append((cell.conv.weight, unit.weight))
+                    pairs += [(cell.conv_1x1.weight, unit.weight_1x1)] if cell.conv_1x1 else []
+                    pairs += [(cell.projection.weight, unit.projection)] if cell.projection else []
+                    pairs += [(cell.bn.weight, unit.gamma), (cell.bn.bias, unit.beta)]
+                    pairs += [(cell.bn.running_mean, unit.running_mean), (cell.bn.running_var, unit.running_var)]
+        for ours, theirs in norms:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                pairs.append((getattr(ours, name), getattr(theirs, name)))
+        with torch.no_grad():
+            for target, source in pairs:
+                target.copy_(source)
 
     def full_masks(self, samples: int | None = None) -> Tensor:
         """Nothing dropped: ones of shape [B, R, C], or [B, R, C, samples]."""
@@ -142,13 +177,15 @@ class PublicFractalNet(Grid):
     Every conv runs at every step. Each join, those of a single column included, stacks its inputs
     and applies a per-sample mask drawn on the spot: the first half of the batch keeps one column
     per sample throughout the network, the other half drops each input with probability
-    `local_drop`. Each column is pooled before the last join of its block.
+    `local_drop`, unless `drops` is false. Each column is pooled before the last join of its block.
     """
+
+    drops = True
 
     def draw_masks(self, samples: int, kept_column: Tensor, columns: list[int]) -> Tensor:
         """Mask [k, samples] of one join of `columns`."""
-        single = kept_column == torch.tensor(columns).unsqueeze(1)
-        local = draw_mask(len(columns), samples - kept_column.numel(), self.local_drop)
+        single = kept_column == torch.tensor(columns, device=kept_column.device).unsqueeze(1)
+        local = draw_mask(len(columns), samples - len(kept_column), self.local_drop, device=kept_column.device)
         return torch.cat([single, local], dim=1)
 
     def join(self, outs: list[Tensor], mask: Tensor | None) -> Tensor:
@@ -157,11 +194,12 @@ class PublicFractalNet(Grid):
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """masks: [B, R, C] or [B, R, C, N], nonzero = kept; None draws them in training."""
         samples = x.shape[0]
-        kept_column = torch.randint(self.columns, (samples // 2,))
+        kept_column = torch.randint(self.columns, (samples // 2,), device=x.device)
+        x = self.stem(x)
         for b, block in enumerate(self.blocks):
             outs = [x] * self.columns
             for r, ending in enumerate(block.ending):
-                last = r + 1 == len(block.ending)
+                last = r + 1 == len(block.ending) and self.pools[b]
                 current = []
                 for c in ending:
                     out = block.grid[c][(r + 1) * 2**c // len(block.ending) - 1](outs[c])
@@ -169,12 +207,12 @@ class PublicFractalNet(Grid):
                 mask = None
                 if masks is not None:
                     mask = masks[b, r, ending]
-                elif self.training:
+                elif self.training and self.drops:
                     mask = self.draw_masks(samples, kept_column, ending)
                 x = self.join(current, mask)
                 for c in ending:
                     outs[c] = x
-        return self.head(x.flatten(1))
+        return self.head(x.mean((2, 3)))
 
 
 class DenseFractalNet(Grid):
@@ -186,6 +224,7 @@ class DenseFractalNet(Grid):
 
     def forward(self, x: Tensor, masks: Tensor) -> Tensor:
         """masks: bool [B, R, C] (one draw for the batch) or [B, R, C, N]."""
+        x = self.stem(x)
         weights = masks.to(x.dtype).reshape(*masks.shape[:3], -1, 1, 1, 1)
         for b, block in enumerate(self.blocks):
             outs = [x] * self.columns
@@ -193,12 +232,12 @@ class DenseFractalNet(Grid):
                 total = count = 0
                 for c in ending:
                     cell = block.grid[c][(r + 1) * 2**c // len(block.ending) - 1]
-                    branch = F.relu(cell.bn(cell.conv(outs[c])))
-                    if r + 1 == len(block.ending):
+                    branch = cell(outs[c])
+                    if r + 1 == len(block.ending) and self.pools[b]:
                         branch = F.max_pool2d(branch, 2)
                     total = total + weights[b, r, c] * branch
                     count = count + weights[b, r, c]
                 x = total * (1.0 / count.clamp(min=1))
                 for c in ending:
                     outs[c] = x
-        return self.head(x.flatten(1))
+        return self.head(x.mean((2, 3)))

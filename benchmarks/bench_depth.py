@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import cases
-from benchmarks.bench_step import TOLERANCE, full_path, saved_bytes, training_step
 from benchmarks.cases import NETS, Net
 from benchmarks.compare import hold_together
+from benchmarks.steps import TOLERANCE, full_path, saved_bytes, training_step
 from fractal_kernels import block_rows
 from fractal_kernels.schedule import plan
 

@@ -1,33 +1,50 @@
-"""The kernels of both GPU backends: bytes/s against a device copy, and against torch.compile of the same maths.
+"""The kernels of both GPU backends: bytes/s against a device copy, and against eager and compiled code of their maths.
 
-Run with ``pytest benchmarks/bench_gpu.py -m gpu``; the table of ratios comes after the run.
+Run with ``pytest benchmarks/bench_gpu.py -m gpu``; the table of ratios comes after the run. The rows that matter most
+come first, since a round has a limit.
+
+A figure is the wall time of REPEATS calls and one wait for them; ``device_ms`` is what the device takes for the same
+calls, replayed as a CUDA graph and timed by events. Nothing flushes the L2 cache between calls: a call goes through
+three tensors of 103 MB (bf16) or more, in the same order each time, so that what is left of the last call in a cache of
+50 to 60 MB is overwritten before it is read. The tests assert that a call moves at least three times the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch._dynamo.config
+import torch._functorch.config
+from torch import Tensor, nn
 
 import fractal_kernels as fk
-from benchmarks.baselines import clean_bn_relu_join, clean_mean_join
-from benchmarks.compare import Contender, hold_together
+from benchmarks.baselines import clean_bn_relu_join, clean_mean_join, eager_bn_relu_join, eager_mean_join
+from benchmarks.compare import WARMUP, Contender, hold_together
 from fractal_kernels.backends import launcher
 from fractal_kernels.library import Flags
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 K, SHAPE = 3, (256, 64, 56, 56)
 REPEATS, ROUNDS = 10, 20
-LABELS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-DTYPES = pytest.mark.parametrize("dtype", list(LABELS), ids=list(LABELS.values()))
-LAYOUTS = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 RELU, POOL = int(Flags.RELU_BRANCH), int(Flags.RELU_BRANCH | Flags.POOL_BEFORE)
+MODES = {"compiled": None, "compiled_max": "max-autotune-no-cudagraphs"}  # contenders, and torch.compile's modes
+LABELS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+ORDERS = {torch.channels_last: "nhwc", torch.contiguous_format: "nchw"}
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 
-
+# Of stacked marks, the topmost varies fastest.
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
+DTYPES = pytest.mark.parametrize("dtype", list(LABELS), ids=list(LABELS.values()))
+LAYOUTS = pytest.mark.parametrize("layout", list(ORDERS), ids=list(ORDERS.values()))
+
+
+# --- timing ------------------------------------------------------------------------------------
 
 
 def repeated(launch: Callable[[], Any]) -> Contender:
@@ -41,90 +58,213 @@ def repeated(launch: Callable[[], Any]) -> Contender:
     return call
 
 
-def branches(dtype: torch.dtype, layout: torch.memory_format, shape: Sequence[int] = SHAPE) -> list[Tensor]:
-    return [torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout).normal_() for _ in range(K)]
+def device_ms(launch: Callable[[], Any]) -> float:
+    """Median milliseconds of REPEATS calls, replayed as one CUDA graph: nothing of the host is in it.
+
+    What is launched has run before, so that nothing is compiled or tuned during the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            launch()
+    times = []
+    for _ in range(WARMUP + ROUNDS):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return statistics.median(times[WARMUP:])
+
+
+def assert_exceeds_cache(moved: int) -> None:
+    size = torch.cuda.get_device_properties(0).L2_cache_size
+    assert moved >= 3 * size, f"expected a call to move at least 3 times the L2 cache of {size} bytes, got {moved}"
+
+
+# --- what is timed -----------------------------------------------------------------------------
+
+
+def filled(dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return torch.empty(SHAPE, dtype=dtype, device=DEVICE, memory_format=layout).normal_()
+
+
+def case(op: str, direction: str, backend: str, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Any]:
+    """What a plot goes by."""
+    names = {"op": op, "direction": direction, "backend": backend, "dtype": LABELS[dtype], "layout": ORDERS[layout]}
+    return {**names, "shape": list(SHAPE)}
+
+
+def group(case: dict[str, Any]) -> str:
+    """The table of pytest-benchmark that a case stands in."""
+    return f"{case['op']}/{case['direction']}/{'×'.join(map(str, case['shape']))}"
+
+
+@cache
+def compiled(function: Callable[..., Tensor], mode: str | None) -> Callable[..., Tensor]:
+    """One for the whole run: directions and backends share what was compiled for a dtype and a layout."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Lets a backward be called again and again, and one function be compiled for every dtype, layout and mode."""
+    with torch._functorch.config.patch(donated_buffer=False), torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
+def joins(op: str, backend: str) -> tuple[dict[str, Callable[[list[Tensor]], Tensor]], nn.ModuleList]:
+    """Per contender a function of the branches, under one per-sample mask; and the batch norms whose weights
+    and biases all of them use."""
+    n, c = SHAPE[:2]
+    mask = fk.drop_path_mask(K, 0.15, n, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    if op == "masked_mean_join":
+        fused = {name: compiled(clean_mean_join, mode) for name, mode in MODES.items()}
+        return {
+            "ours": lambda ys: fk.masked_mean_join(ys, mask, backend=backend),
+            "eager": lambda ys: eager_mean_join(ys, mask),
+            **{name: lambda ys, f=f: f(ys, mask) for name, f in fused.items()},
+        }, nn.ModuleList()
+    norms = nn.ModuleList(nn.BatchNorm2d(c, device=DEVICE) for _ in range(K))
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    weights, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
+    functions: dict[str, Callable[[list[Tensor]], Tensor]] = {"eager": lambda ys: eager_bn_relu_join(ys, norms, mask)}
+    fused = {name: compiled(clean_bn_relu_join, mode) for name, mode in MODES.items()}
+    for name, function in {"ours": partial(fk.bn_relu_join, training=True, backend=backend), **fused}.items():
+        # Running statistics of its own: autograd saves those of some, and another's forward would change them.
+        own = [[torch.full((c,), v, device=DEVICE) for _ in range(K)] for v in (0.0, 1.0)]
+        functions[name] = lambda ys, f=function, own=own: f(ys, weights, biases, *own, mask)
+    return functions, norms
+
+
+def kernel_call(
+    kernel: str,
+    launch: Any,
+    outputs: list[Tensor],
+    grad: Tensor,
+    ys: list[Tensor],
+    norm: tuple[list[Tensor], ...],
+    sums: list[Tensor],
+    channels_last: bool,
+) -> Callable[[], Any]:
+    """The launch of one kernel that fills ``outputs``."""
+    code = POOL if kernel.endswith("_pool") else RELU
+    calls: dict[str, Callable[[], Any]] = {
+        "stats": lambda: launch.channel_stats(*outputs, ys, None, channels_last),
+        "mean": lambda: launch.join_forward(*outputs, ys, None, [], [], [], [], 0.0, 0, channels_last),
+        "forward": lambda: launch.join_forward(*outputs, ys, None, *norm, 1e-5, code, channels_last),
+        "reduce": lambda: launch.join_backward_reduce(*outputs, grad, ys, None, *norm, 1e-5, code, channels_last),
+        "apply": lambda: launch.join_backward_apply(outputs, grad, ys, None, *norm, sums, 1e-5, code, channels_last),
+    }
+    return calls[kernel.removesuffix("_pool")]
+
+
+# --- the benchmarks ----------------------------------------------------------------------------
 
 
 @BACKENDS
-@LAYOUTS
+@pytest.mark.parametrize("kernel", ["forward", "apply", "reduce", "stats", "mean", "forward_pool", "apply_pool"])
 @DTYPES
-@pytest.mark.parametrize("kernel", ["stats", "mean", "forward", "forward_pool", "reduce", "apply", "apply_pool"])
+@LAYOUTS
 def test_kernel(
-    compare: Callable[..., None], kernel: str, dtype: torch.dtype, layout: torch.memory_format, backend: str
+    benchmark: Any,
+    compare: Callable[..., None],
+    kernel: str,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    backend: str,
 ) -> None:
     """One kernel into memory that is there, against a copy of as many bytes into memory that is there."""
-    launch, last = launcher(backend), layout == torch.channels_last
-    ys = branches(dtype, layout)
-    pooled = kernel.endswith("pool")
-    n, c, h, w = SHAPE
-    size = (n, c, h // 2, w // 2) if pooled else SHAPE
-    out = torch.empty(size, dtype=dtype, device="cuda", memory_format=layout).normal_()
-    dys = [torch.empty_like(y) for y in ys]
-    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, backend)
-    means, vars = list(mean.unbind()), list(var.unbind())
-    weights, biases = ([torch.rand(c, device="cuda") + 0.5 for _ in range(K)] for _ in range(2))
-    norm, code = (means, vars, weights, biases), POOL if pooled else RELU
-    sums = [torch.zeros_like(mean), torch.zeros_like(mean)]
-    calls: dict[str, tuple[Callable[[], Any], int]] = {
-        "stats": (lambda: launch.channel_stats(mean, var, count, ys, None, last), K),
-        "mean": (lambda: launch.join_forward(out, ys, None, [], [], [], [], 0.0, 0, last), K + 1),
-        "forward": (lambda: launch.join_forward(out, ys, None, *norm, 1e-5, code, last), K + 1),
-        "reduce": (lambda: launch.join_backward_reduce(*sums, out, ys, None, *norm, 1e-5, code, last), K + 1),
-        "apply": (lambda: launch.join_backward_apply(dys, out, ys, None, *norm, [*sums, count], 1e-5, code, last), 0),
-    }
-    call, tensors = calls[kernel.removesuffix("_pool")]
-    moved = out.nbytes * (tensors - K) + K * ys[0].nbytes if tensors else out.nbytes + 2 * K * ys[0].nbytes
-    moved = K * ys[0].nbytes if kernel == "stats" else moved
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    last = layout == torch.channels_last
+    (n, c, h, w), ys = SHAPE, [filled(dtype, layout) for _ in range(K)]
+    size = (n, c, h // 2, w // 2) if kernel.endswith("_pool") else SHAPE
+    grad = torch.empty(size, dtype=dtype, device=DEVICE, memory_format=layout).normal_()
+    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, "reference")
+    weights, biases = ([torch.rand(c, device=DEVICE) + 0.5 for _ in range(K)] for _ in range(2))
+    norm = (list(mean.unbind()), list(var.unbind()), weights, biases)
+    sums = [*(0.1 * count[0] * torch.randn_like(mean) for _ in range(2)), count]
+    kinds = {"stats": [mean, var, count], "reduce": [mean, var], "apply": ys}
+    like = kinds.get(kernel.removesuffix("_pool"), [grad])
+    outputs, expected = ([torch.full_like(t, torch.nan) for t in like] for _ in range(2))
+    call = kernel_call(kernel, launcher(backend), outputs, grad, ys, norm, sums, last)
+    kernel_call(kernel, launcher("reference"), expected, grad, ys, norm, sums, last)()
+    call()
+    hold_together(f"{backend} {kernel}", outputs, expected, TOLERANCE[dtype])
+    del expected
+    backward = kernel.startswith(("reduce", "apply"))
+    moved = sum(t.nbytes for t in (*ys, *outputs, *([grad] if backward else [])))
+    assert_exceeds_cache(moved)
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
 
+    def copy() -> None:
+        target.copy_(source)
+
     def extra(row: dict[str, Any]) -> dict[str, float]:
-        seconds = {name: 1e-3 * figures["figure"] / REPEATS for name, figures in row["contenders"].items()}
-        return {"gb_per_s": 1e-9 * moved / seconds["ours"], "share_of_copy": seconds["copy"] / seconds["ours"]}
+        wall = {name: 1e-3 * figures["figure"] / REPEATS for name, figures in row["contenders"].items()}
+        ours, copied = device_ms(call), device_ms(copy)
+        return {
+            "bytes": moved,
+            "gb_per_s": 1e-9 * moved / wall["ours"],
+            "share_of_copy": wall["copy"] / wall["ours"],
+            "device_ms": ours,
+            "device_gb_per_s": 1e-6 * moved * REPEATS / ours,
+            "device_share_of_copy": copied / ours,
+        }
 
-    shape = f"{K} × {'×'.join(map(str, SHAPE))} {LABELS[dtype]} {'NHWC' if last else 'NCHW'}"
+    this = case(kernel, "backward" if backward else "forward", backend, dtype, layout)
+    benchmark.group = group(this)
+    shape = f"{K} × {'×'.join(map(str, SHAPE))} {LABELS[dtype]} {ORDERS[layout].upper()}"
     what = f"{backend} {kernel}, {shape}, {REPEATS} calls"
-    compare("gpu", what, {"ours": repeated(call), "copy": repeated(lambda: target.copy_(source))}, ROUNDS, extra=extra)
+    compare("gpu", what, {"ours": repeated(call), "copy": repeated(copy)}, ROUNDS, extra=extra, case=this)
 
 
+@pytest.mark.keep_compiled
 @BACKENDS
-@LAYOUTS
-@DTYPES
-@pytest.mark.parametrize("what", ["mean", "bn_relu_join"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["bn_relu_join", "masked_mean_join"])
+@DTYPES
+@LAYOUTS
 def test_against_compile(
+    benchmark: Any,
     compare: Callable[..., None],
-    what: str,
+    compiler: None,
+    op: str,
     direction: str,
     dtype: torch.dtype,
     layout: torch.memory_format,
     backend: str,
 ) -> None:
-    """The public functions against torch.compile of one clean expression, per-sample masks."""
-    torch._functorch.config.donated_buffer = False  # the backward is called again and again
-    ys = [y.requires_grad_() for y in branches(dtype, layout)]
-    c = SHAPE[1]
-    mask = fk.drop_path_mask(K, 0.15, SHAPE[0], generator=torch.Generator("cuda").manual_seed(0), device="cuda")
-    weights, biases = ([torch.rand(c, device="cuda").add_(0.5).requires_grad_() for _ in range(K)] for _ in range(2))
-    means, vars = ([torch.full((c,), float(v), device="cuda") for _ in range(K)] for v in (0, 1))
-    grad = torch.randn_like(ys[0])
-    if what == "mean":
-        wanted, args = ys, (ys, mask)
-        ours, clean = (lambda *a: fk.masked_mean_join(*a, backend=backend)), clean_mean_join
-    else:
-        wanted, args = [*ys, *weights, *biases], (ys, weights, biases, means, vars, mask)
-        ours, clean = (lambda *a: fk.bn_relu_join(*a, training=True, backend=backend)), clean_bn_relu_join
-    functions = {"ours": ours, "compiled": torch.compile(clean, fullgraph=True, dynamic=False)}
-    outs = {name: f(*args) for name, f in functions.items()}
-    grads = {name: torch.autograd.grad(out, wanted, grad, retain_graph=True) for name, out in outs.items()}
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-    hold_together(what, [outs["ours"], *grads["ours"]], [outs["compiled"], *grads["compiled"]], tolerance)
+    """The public functions, in training, against public code of their maths and torch.compile of clean code of it."""
+    ys, grad = [filled(dtype, layout).requires_grad_() for _ in range(K)], filled(dtype, layout)
+    assert_exceeds_cache(sum(t.nbytes for t in (*ys, grad)))
+    functions, norms = joins(op, backend)
+    parameters = list(norms.parameters())
+    wide = [y.detach().float().requires_grad_() for y in ys]
+    out = functions["eager"](wide)
+    expected = [out.detach(), *torch.autograd.grad(out, [*wide, *parameters], grad.float())]
+    outs = {name: function(ys) for name, function in functions.items()}
+
+    def backward(name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outs[name], [*ys, *parameters], grad, retain_graph=True)
+
+    for name in functions:
+        hold_together(f"{name}, {op}", [outs[name], *backward(name)], expected, TOLERANCE[dtype])
+    del wide, out, expected
     if direction == "forward":
-        contenders = {name: repeated(lambda f=f: f(*args)) for name, f in functions.items()}
+        outs.clear()
+        launches = {name: (lambda f=f: f(ys)) for name, f in functions.items()}
     else:
-        contenders = {
-            name: repeated(lambda out=out: torch.autograd.grad(out, wanted, grad, retain_graph=True))
-            for name, out in outs.items()
-        }
-    title = f"{backend} {what} {direction}, {LABELS[dtype]} {'NHWC' if layout == torch.channels_last else 'NCHW'}"
-    compare("gpu", f"{title}, {REPEATS} calls", contenders, ROUNDS)
+        launches = {name: (lambda name=name: backward(name)) for name in functions}
+
+    def extra(_: dict[str, Any]) -> dict[str, float]:
+        return {"device_ms": device_ms(launches["ours"])} if direction == "forward" else {}
+
+    this = case(op, direction, backend, dtype, layout)
+    benchmark.group = group(this)
+    what = f"{backend} {op} {direction}, {LABELS[dtype]} {ORDERS[layout].upper()}, {REPEATS} calls"
+    contenders = {name: repeated(launch) for name, launch in launches.items()}
+    compare("gpu", what, contenders, ROUNDS, extra=extra, case=this)

@@ -23,6 +23,11 @@ class Net:
     passes: int  # times the list of draws is gone through
     classes: int = 100
     image: int = 32
+    options: tuple[tuple[str, object], ...] = ()  # further ones of FractalNet, which the baselines know too
+
+    @property
+    def more(self) -> dict[str, object]:
+        return dict(self.options)
 
 
 NETS = {
@@ -32,15 +37,32 @@ NETS = {
 }
 
 
+# Of the paper, as `fractalnet.create` has them but for the dropout; on a GPU (the title says which batch).
+_FORTY = (("column_widths", (1, 1 / 2, 1 / 4, 1 / 8)), ("kernel_mix", 0.5))
+_IMAGENET = (("stem", "resnet"), ("last_pool", False))
+GPU_NETS = {
+    "fractalnet20": Net("FractalNet-20", 3, (64, 128, 256, 512, 512), 100, 24, 1, classes=10),
+    "fractalnet40": Net("FractalNet-40", 4, (128, 256, 512, 1024, 1024), 100, 24, 1, options=_FORTY),
+    "fractalnet34": Net("FractalNet-34", 4, (128, 256, 512, 1024), 64, 24, 1, 1000, 224, _IMAGENET),
+    **{
+        f"fractal_c{c}": Net(f"C = {c}", c, (16, 32, 64, 128, 128), 100, 2 * c * (24 // (2 * c)), 1)
+        for c in range(3, 7)
+    },
+}
+
+
 def draw_mask(
-    branches: int, samples: int, drop: float = LOCAL_DROP, generator: torch.Generator | None = None
+    branches: int,
+    samples: int,
+    drop: float = LOCAL_DROP,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Per-sample drop-path mask, bool [branches, samples]; every sample keeps at least one."""
-    keep = torch.rand(branches, samples, generator=generator) >= drop
-    revived = torch.randint(branches, (samples,), generator=generator)
-    dead = ~keep.any(dim=0)
-    keep[revived[dead], dead.nonzero().flatten()] = True
-    return keep
+    keep = torch.rand(branches, samples, generator=generator, device=device) >= drop
+    revived = torch.randint(branches, (samples,), generator=generator, device=device)
+    only = torch.arange(branches, device=device).unsqueeze(1) == revived
+    return keep | (only & ~keep.any(dim=0))
 
 
 def join_inputs(

@@ -16,11 +16,12 @@ ROWS: list[dict[str, Any]] = []
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> None:
-    """Every benchmark starts from the same seed, threads and an empty compiler cache in memory."""
+def same_start(request: pytest.FixtureRequest) -> None:
+    """Every benchmark starts from the same seed, threads and, unless marked, an empty compiler cache in memory."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if request.node.get_closest_marker("keep_compiled") is None:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

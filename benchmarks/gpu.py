@@ -1,10 +1,12 @@
 """``make gpu``: the round on a machine with a CUDA GPU, offline, with the PyTorch, Triton and nvcc that are there.
 
-Stages, each with its own time limit and its log: build (the extensions, in place), test (every backend on the GPU, in
-several processes: compiling takes most of the time), sanitize (only when named: compute-sanitizer on the CUDA kernels),
-tune (only when named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks).
-A stage that fails leaves its log; nothing is measured before the tests pass. Leaves <gpu>-<commit>.json and the logs in
-one folder. Exits 1 if a stage failed.
+Stages, each with its log: build (the extensions, in place), test (every backend on the GPU, in several processes:
+compiling takes most of the time), sanitize (only when named: compute-sanitizer on the CUDA kernels), tune (only when
+named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks), steps (training steps).
+The round ends in time: every stage has a limit, tests and rows that it does not reach are skipped, and the last stage
+has what the others left. After build or test failed nothing is measured. Leaves in one folder <gpu>-<commit>.json,
+written after every stage (rows of an earlier round of the same commit stay, unless they were measured again), its
+plots, and the logs. Ends with a summary of at most 60 lines; exits 1 if a stage failed.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
 """
@@ -12,28 +14,42 @@ one folder. Exits 1 if a stage failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.report import RESULTS, ROOT, ReportError, commit, condense, table, write_text
+from benchmarks.gpu_plots import plot
+from benchmarks.gpu_report import summary
+from benchmarks.report import RESULTS, ROOT, ReportError, commit, machine, rounded, write_text
+from benchmarks.rounds import OVER
 
-LIMITS = {"build": 240, "test": 300, "sanitize": 400, "tune": 300, "kernels": 300}  # seconds
-ALWAYS = ("build", "test", "kernels")
+MINUTES = 8.75  # of the whole round
+LIMITS = {"build": 150, "test": 180, "sanitize": 400, "tune": 300, "kernels": 100, "steps": 120}  # seconds
+ALWAYS = ("build", "test", "kernels", "steps")
+NEEDED = ("build", "test", "sanitize")  # what has failed here is not worth measuring
+GRACE = 20  # seconds between the last test's beginning and a stage's limit
 TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda")]
-PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-BENCH = "benchmarks/bench_gpu.py"
+PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
+BENCHES = {
+    "kernels": ["benchmarks/bench_gpu.py", "benchmarks/bench_gpu_ops.py"],
+    "steps": ["benchmarks/bench_gpu_steps.py"],
+}
 
 
 class Failed(Exception):
@@ -43,11 +59,14 @@ class Failed(Exception):
 def start(command: Sequence[str], log: Path, under: Sequence[str] = (), **variables: str) -> subprocess.Popen[bytes]:
     """Tiles come from the committed table alone, unless ``variables`` say otherwise."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    # Without what a pytest that calls this tells its own tests.
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     env |= {"FRACTAL_TUNE": "0", "FRACTAL_CACHE_DIR": str(log.parent / "no-cache"), **variables}
     with log.open("ab") as file:
         command = [*under, sys.executable, *command]
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        options = {"cwd": ROOT, "env": env, "stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command, stdout=file, **options)
 
 
 def last_line(path: Path) -> str:
@@ -55,20 +74,29 @@ def last_line(path: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and what it started: a benchmark's compilers must not run beside the next stage."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], limit: float) -> None:
     """Waits for all of them, and no longer than ``limit`` seconds."""
-    end = time.monotonic() + limit
+    until = time.monotonic() + limit
     failures = []
-    for process, log in zip(processes, logs, strict=True):
-        try:
-            code = process.wait(max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            code = -1
-        if code:
-            why = f"not done in {limit:.0f} s" if code == -1 else f"exit status {code}"
-            failures.append(f"{why}; {log.name}: {last_line(log)}")
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            try:
+                code = process.wait(max(1.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = -1
+            if code:
+                why = f"not done in {limit:.0f} s" if code == -1 else f"exit status {code}"
+                failures.append(f"{why}; {log.name}: {last_line(log)}")
+    finally:
+        for process in processes:
+            end(process)
     if failures:
         raise Failed("\n".join(failures))
 
@@ -93,6 +121,13 @@ def rates() -> dict[str, float]:
     return {"copy_gb_per_s": 2e-9 * source.numel() / copy, "bf16_tflop_per_s": 2e-12 * 8192**3 / product}
 
 
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def clocks() -> str:
     command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version", "--format=csv,noheader"]
     try:
@@ -102,36 +137,71 @@ def clocks() -> str:
 
 
 class Round:
-    def __init__(self, folder: Path, processes: int) -> None:
-        self.folder, self.processes = folder.resolve(), processes
+    def __init__(self, folder: Path, processes: int, deadline: float) -> None:
+        self.folder, self.processes, self.deadline = folder.resolve(), processes, deadline
         self.scratch = Path(tempfile.mkdtemp(prefix="fractal-gpu-"))
+        self.limit = 0.0  # seconds of the stage that runs
+        self.command = "python -m benchmarks.gpu"
+        self.device = torch.cuda.get_device_name()
+        name = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-").lower()
+        self.path = self.folder / f"{name}-{(commit() or 'no-commit')[:10]}.json"
+        self.facts = {"device": self.device, "cuda": torch.version.cuda, "triton": version("triton")}
+        self.facts |= {**rates(), "clocks": clocks()}
+        self.result: dict[str, Any] = {"stages": {}, "rows": []}
+        if self.path.exists():
+            self.result = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def run(self, stage: str, last: bool) -> bool:
+        """A stage and, in the results, what became of it. False: it failed."""
+        begun = time.monotonic()
+        left = self.deadline - begun
+        self.limit = left if last else min(LIMITS[stage], left)
+        try:
+            if self.limit < 2 * GRACE:
+                raise Failed(f"not begun: {max(left, 0):.0f} s of the round were left")
+            said, failed = getattr(self, stage)(), False
+        except (Failed, ReportError) as error:
+            said, failed = str(error), True
+        seconds = time.monotonic() - begun
+        self.result["stages"][stage] = {"seconds": round(seconds, 1), "said": said, "failed": failed}
+        print(f"{stage}: {'failed, ' if failed else ''}{seconds:.0f} s\n{said}\n", flush=True)
+        self.keep()
+        return not failed
+
+    def keep(self) -> None:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        facts = rounded({**machine(), **self.facts})
+        head = {"machine": facts, "date": date, "commit": commit(), "command": self.command}
+        self.result = {**head, "stages": self.result["stages"], "rows": self.result["rows"]}
+        write_text(self.path, json.dumps(self.result, indent=1) + "\n")
 
     def log(self, name: str) -> Path:
         path = self.folder / f"{name}.txt"
         path.unlink(missing_ok=True)
         return path
 
+    # --- stages ------------------------------------------------------------------------------------
+
     def build(self) -> str:
-        """Both extensions; they must be there, since the tests of every backend need them."""
+        """Both extensions, for this GPU; they must be there, since the tests of every backend need them."""
         log = self.log("build")
+        major, minor = torch.cuda.get_device_capability()
         mode = {"FRACTAL_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)}
-        finish([start(["setup.py", "-q", "build_ext", "--inplace"], log, **mode)], [log], LIMITS["build"])
-        log = self.log("info")
+        mode["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+        finish([start(["setup.py", "-q", "build_ext", "--inplace"], log, **mode)], [log], self.limit)
+        before = log.stat().st_size
         finish([start(["-m", "fractal_kernels.info"], log)], [log], 60)
-        return log.read_text().strip()
+        return log.read_text(errors="replace")[before:].strip()
 
     def test(self) -> str:
         logs = [self.scratch / f"test-{i}.txt" for i in range(self.processes)]
-        shards = [[*PYTEST, "-rs", *TESTS, "--shard", f"{i}/{self.processes}"] for i in range(self.processes)]
+        of = self.processes
+        shards = [[*PYTEST, *TESTS, "--shard", f"{i}/{of}", "--seconds", f"{self.limit - GRACE}"] for i in range(of)]
         try:
-            finish([start(s, log) for s, log in zip(shards, logs, strict=True)], logs, LIMITS["test"])
+            finish([start(s, log) for s, log in zip(shards, logs, strict=True)], logs, self.limit)
         finally:
             self.log("test").write_text("\n".join(log.read_text(errors="replace") for log in logs))
-        counts: dict[str, int] = {}
-        for log in logs:
-            for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last_line(log)):
-                counts[word] = counts.get(word, 0) + int(number)
-        return ", ".join(f"{number} {word}" for word, number in counts.items())
+        return counts(logs)
 
     def sanitize(self) -> str:
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -139,62 +209,80 @@ class Round:
             raise Failed("there is no compute-sanitizer; it comes with the CUDA toolkit")
         suite = [*PYTEST, "tests/test_cuda.py", "-k", "number_of_branches_and_dtypes and cuda"]
         checks = ("memcheck", "racecheck", "initcheck")
-        logs = [self.log(name) for name in checks]
+        logs = [self.scratch / f"{name}.txt" for name in checks]
         under = [tool, "--error-exitcode", "9", "--tool"]
         # Without PyTorch's caching, an access past the end of a tensor is one past the end of an allocation.
         running = [
             start(suite, log, [*under, name], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             for name, log in zip(checks, logs, strict=True)
         ]
-        finish(running, logs, LIMITS["sanitize"])
+        try:
+            finish(running, logs, self.limit)
+        finally:
+            self.log("sanitize").write_text("\n".join(log.read_text(errors="replace") for log in logs))
         return "\n".join(f"{name}: {last_line(log)}" for name, log in zip(checks, logs, strict=True))
 
     def tune(self) -> str:
         log, cache = self.log("tune"), str(self.scratch / "tuned")
-        tuning = [*PYTEST, BENCH, "--benchmark-disable"]
-        finish([start(tuning, log, FRACTAL_TUNE="1", FRACTAL_CACHE_DIR=cache)], [log], LIMITS["tune"])
+        tuning = [*PYTEST, *BENCHES["kernels"], "--benchmark-disable", "--seconds", f"{self.limit - GRACE}"]
+        finish([start(tuning, log, FRACTAL_TUNE="1", FRACTAL_CACHE_DIR=cache)], [log], self.limit)
         writing = ["-m", "fractal_kernels.triton.tuning", "--write-table"]
         finish([start(writing, log, FRACTAL_CACHE_DIR=cache)], [log], 60)
-        shutil.copy(ROOT / "fractal_kernels" / "triton" / "tuned.json", self.folder)
+        # Not *.json: those in the folder are results.
+        shutil.copy(ROOT / "fractal_kernels" / "triton" / "tuned.json", self.folder / "tuned.json.txt")
         return f"{len(list(Path(cache).glob('*/*.json')))} classes in tuned.json"
 
     def kernels(self) -> str:
-        log, raw = self.log("kernels"), self.scratch / "raw.json"
-        command = [*PYTEST, BENCH]
-        before = {**rates(), "clocks": clocks()}
-        failure = None
+        return self.measure("kernels")
+
+    def steps(self) -> str:
+        return self.measure("steps")
+
+    def measure(self, stage: str) -> str:
+        """Adds the rows of every benchmark that passed, whatever became of the others."""
+        log, rows = self.log(stage), self.scratch / f"{stage}.jsonl"
+        command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - 2 * GRACE}"]
         try:
-            finish([start([*command, f"--benchmark-json={raw}"], log)], [log], LIMITS["kernels"])
-        except Failed as error:
-            failure = error  # the figures of what ran are kept
-        if not raw.exists():
-            raise failure or Failed("no figures")
-        results = condense(json.loads(raw.read_text()), "python " + " ".join(command))
-        device = torch.cuda.get_device_name()
-        results["machine"] |= {"device": device, "cuda": torch.version.cuda, **before}
-        name = f"{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}-{(commit() or 'no-commit')[:10]}.json"
-        write_text(self.folder / name, json.dumps(results, indent=1) + "\n")
-        if failure:
-            raise failure
-        return table(results["rows"])
+            finish([start(command, log)], [log], self.limit)
+        finally:
+            lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
+            found = [rounded(json.loads(line)) for line in lines]
+            new = {row["what"] for row in found}
+            self.result["rows"] = [row for row in self.result["rows"] if row["what"] not in new] + found
+        if not found:
+            raise Failed(f"no figures; {log.name}: {last_line(log)}")
+        return f"{len(found)} rows; {counts([log])}"
+
+
+def counts(logs: Sequence[Path]) -> str:
+    """What pytest's last lines say, added up; and how many tests were not reached in time."""
+    found: dict[str, int] = {}
+    for log in logs:
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last_line(log)):
+            found[word] = found.get(word, 0) + int(number)
+    over = sum(
+        int(n) for log in logs for n in re.findall(rf"SKIPPED \[(\d+)\] .*{OVER}", log.read_text(errors="replace"))
+    )
+    late = [f"{over} of the skipped for want of time"] if over else []
+    return ", ".join([*(f"{number} {word}" for word, number in found.items()), *late])
 
 
 def dry_run(stages: Sequence[str]) -> int:
     """Collects what would run, so that the round is not broken when a GPU comes."""
+    there = torch.cuda.is_available()
     for stage in stages:
-        print(
-            f"{stage}: skipped: PyTorch sees no CUDA device" if not torch.cuda.is_available() else f"{stage}: dry run"
-        )
-        if stage in ("test", "kernels"):
-            with tempfile.TemporaryDirectory() as folder:
-                log = Path(folder, "collect.txt")
-                files = TESTS if stage == "test" else [BENCH]
-                try:
-                    finish([start([*PYTEST, "--collect-only", *files], log)], [log], 300)
-                except Failed as error:
-                    print(f"{stage}: {error}", file=sys.stderr)
-                    return 1
-                print(f"  would run: {last_line(log)}")
+        print(f"{stage}: dry run" if there else f"{stage}: skipped: PyTorch sees no CUDA device")
+        files = TESTS if stage == "test" else BENCHES.get(stage)
+        if files is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder, "collect.txt")
+            try:
+                finish([start([*PYTEST, "--collect-only", *files], log)], [log], 300)
+            except Failed as error:
+                print(f"{stage}: {error}", file=sys.stderr)
+                return 1
+            print(f"  would run: {last_line(log)}")
     return 0
 
 
@@ -205,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--stages", default=",".join(ALWAYS), help=f"of {','.join(LIMITS)}; default: {','.join(ALWAYS)}"
     )
     parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of the whole round")
     parser.add_argument("--dry-run", action="store_true", help="collect what would run; needs no GPU")
     options = parser.parse_args(argv)
     stages = [stage for stage in LIMITS if stage in options.stages.split(",")]
@@ -216,19 +305,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: PyTorch sees no CUDA device; --dry-run collects what would run", file=sys.stderr)
         return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    this = Round(options.results, options.processes)
+    this = Round(options.results, options.processes, time.monotonic() + 60 * options.minutes)
+    this.command = shlex.join(["python", "-m", "benchmarks.gpu", "--stages", ",".join(stages)])
+    good = True
     try:
         for stage in stages:
-            began = time.monotonic()
-            try:
-                said = getattr(this, stage)()
-            except (Failed, ReportError) as error:
-                print(f"{stage}: failed after {time.monotonic() - began:.0f} s: {error}", file=sys.stderr)
-                return 1
-            print(f"{stage}: {time.monotonic() - began:.0f} s\n{said}", flush=True)
+            good &= this.run(stage, last=stage == stages[-1])
+            if not good and stage in NEEDED:
+                break
+        try:
+            print(summary(this.result))
+            plot(this.result, this.folder, this.path.stem)
+        except ReportError as error:  # the figures themselves are written
+            print(f"{this.path.name}: {error}", file=sys.stderr)
+            good = False
     finally:
         shutil.rmtree(this.scratch, ignore_errors=True)
-    return 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Runs the benchmarks, condenses their output into results/, and writes the README's table from it.
 
 python -m benchmarks.report --run     runs everything and writes benchmarks/results/cpu.json
-python -m benchmarks.report --write   regenerates the table between the markers in README.md
-python -m benchmarks.report --check   exits 1 when that table is not what --write would write
+python -m benchmarks.report --write   regenerates the tables between the markers in README.md, and the plots of a GPU
+python -m benchmarks.report --check   exits 1 when those tables are not what --write would write, or a plot is missing
 """
 
 from __future__ import annotations
@@ -20,28 +20,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_report
+from benchmarks.gpu_report import ReportError, number
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
-GROUPS = ("join", "step", "memory", "depth", "conv", "gpu")
+GROUPS = ("join", "step", "memory", "depth", "conv")
 
 
 OTHERS = ("separate", "library", "dense")  # contenders without a column of their own
 
 
-class ReportError(Exception):
-    """Something that the user has to put right; the text says what."""
-
-
 # --- tables ------------------------------------------------------------------------------------
-
-
-def number(value: float) -> str:
-    """Three significant digits, no exponent."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def notes(row: dict[str, Any]) -> str:
@@ -195,27 +188,55 @@ def run(output: Path, pytest_arguments: Sequence[str]) -> None:
 # --- the README --------------------------------------------------------------------------------
 
 
-def load_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+def load_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """By file name, without the ending."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ReportError(f"no results in {folder}: run `python -m benchmarks.report --run` first")
-    results = []
+    results = {}
     for file in files:
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            markdown([result])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReportError(f"{file}: not a file that --run writes ({type(error).__name__}: {error})") from error
-        results.append(result)
+            gpu_report.checked(result) if gpu_report.is_gpu(result) else markdown([result])
+        except (ValueError, KeyError, TypeError, ReportError) as error:
+            raise ReportError(
+                f"{file}: not a file that --run or make gpu writes ({type(error).__name__}: {error})"
+            ) from error
+        results[file.stem] = result
     return results
 
 
-def with_table(text: str, content: str) -> str:
-    """`text` with `content` between the two markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"{README.name}: expected one line {BEGIN} and, after it, one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+def with_tables(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """`text` with the tables between their markers."""
+    gpus = {name: result for name, result in results.items() if gpu_report.is_gpu(result)}
+    cpus = [result for name, result in results.items() if name not in gpus]
+    measured = "\n\n".join(gpu_report.markdown(result, name) for name, result in gpus.items())
+    text = with_table(text, "benchmarks", markdown(cpus))
+    return with_table(text, "gpu", measured or gpu_report.NOT_MEASURED)
+
+
+def with_table(text: str, name: str, content: str) -> str:
+    """`text` with `content` between two markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{README.name}: expected one line {begin} and, after it, one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def plots(results: dict[str, dict[str, Any]], folder: Path, write: bool) -> list[Path]:
+    """The plots of all GPUs' results that are not there; with `write` they are drawn."""
+    missing = []
+    for name, result in results.items():
+        if not gpu_report.is_gpu(result):
+            continue
+        paths = [folder / f"{name}-{kind}.svg" for kind in gpu_report.plots_of(result)]
+        missing += [path for path in paths if not path.exists()]
+        if write:
+            from benchmarks import gpu_plots
+
+            gpu_plots.plot(result, folder, name)
+    return missing
 
 
 def read_readme() -> str:
@@ -233,8 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     action.add_argument(
         "--run", action="store_true", help="run; further arguments go to pytest, and then nothing is kept"
     )
-    action.add_argument("--write", action="store_true", help="write the README's table")
-    action.add_argument("--check", action="store_true", help="exit 1 when the README's table is stale")
+    action.add_argument("--write", action="store_true", help="write the README's tables, and plots")
+    action.add_argument("--check", action="store_true", help="exit 1 when the README's tables are stale")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that --write and --check read")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where --run keeps its figures")
     options, further = parser.parse_known_args(argv)
     if further and not options.run:
@@ -243,10 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.run:
             run(options.output, further)
             return 0
-        text = read_readme()
-        fresh = with_table(text, markdown(load_results()))
+        text, results = read_readme(), load_results(options.results)
+        fresh = with_tables(text, results)
+        missing = plots(results, options.results, options.write)
         if options.check and fresh != text:
             raise ReportError(f"{README.name}: the benchmark table is stale: run `python -m benchmarks.report --write`")
+        if options.check and missing:
+            names = ", ".join(path.name for path in missing)
+            raise ReportError(f"plots are missing: {names}: run `python -m benchmarks.report --write`")
         if options.write and fresh != text:
             write_text(README, fresh)
     except ReportError as error:

@@ -26,6 +26,8 @@ GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("tri
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
 THREADS = 2
+# Files that take minutes: begun first, so that two processes (``make test``) end together.
+LONG = ("test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py", "test_graphed.py")
 
 if settings is not None:
     settings.register_profile(
@@ -63,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Most of a test's time on Triton is compiling or interpreting: several processes share the suite."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     first, of = map(int, config.getoption("--shard").split("/"))
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != first])
     items[:] = items[first::of]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_gpu_steps
+from benchmarks.cases import Net
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -14,3 +17,41 @@ def test_a_benchmark_runs(chosen):
     command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/{chosen}", "--benchmark-disable"]
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+TINY = {
+    "fused": Net("tiny", 2, (4, 8), 4, 8, 1, 5, 8),
+    "composed": Net("tiny", 3, (8, 16), 4, 6, 1, 5, 8, (("column_widths", (1, 0.5, 0.25)), ("kernel_mix", 0.5))),
+    "stem": Net("tiny", 2, (4, 8), 4, 4, 1, 5, 33, (("stem", "resnet"), ("last_pool", False))),
+}
+
+
+@pytest.mark.parametrize("drop_path", ["mixture", "off"])
+@pytest.mark.parametrize("name, precision", [("fused", "bf16"), ("composed", "fp32"), ("stem", "fp16")])
+def test_the_steps_of_a_gpu_on_the_cpu(name, precision, drop_path, monkeypatch):
+    """Every contender of a GPU's rows, but the compiled ones, agrees with the others and steps."""
+    for key, value in {"DEVICE": "cpu", "OURS": {"ours": "cpu", "triton": "reference"}, "MODES": {}}.items():
+        monkeypatch.setattr(bench_gpu_steps, key, value)
+    monkeypatch.setitem(bench_gpu_steps.GPU_NETS, name, TINY[name])
+    rows = []
+
+    def compare(group, what, contenders, rounds, cycle=None, extra=None, case=None):
+        for contender in contenders.values():
+            contender(0)
+            contender(rounds - 1)
+        rows.append((group, set(contenders), extra({}), case))
+
+    try:
+        bench_gpu_steps.test_training_step(compare, name, 4, precision, drop_path)
+    finally:
+        bench_gpu_steps._kept.clear()
+    ((group, contenders, extra, case),) = rows
+    assert group == "gpu_step" and contenders == {"ours", "triton", "ungraphed", "eager"}
+    assert extra["tflop"] > 0 and case["drop_path"] == drop_path
+
+
+def test_the_headline_of_the_gpu_comes_first():
+    cells = bench_gpu_steps.CELLS
+    assert cells[:3] == [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]
+    assert len(cells) == len(set(cells)) == 27
+    assert all(net.paths % (2 * net.columns) == 0 for net in bench_gpu_steps.GPU_NETS.values())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ def test_dry_run(capsys):
     output = capsys.readouterr().out
     for stage in gpu.ALWAYS:
         assert f"{stage}: " in output
-    assert output.count("tests collected") == 2, output
+    assert output.count("tests collected") == 3, output
 
 
 def test_dry_run_finds_what_is_broken(monkeypatch, capsys):
@@ -42,3 +45,99 @@ def test_a_stage_that_hangs_or_fails(tmp_path):
         gpu.finish(running, logs, 1.5)
     assert "not done in 2 s; 0.txt" in str(error.value) and "exit status 1; 1.txt: broken" in str(error.value)
     assert all(process.poll() is not None for process in running)
+
+
+ROW = {"group": "gpu", "unit": "ms", "contenders": {"ours": {"figure": 1.0}, "copy": {"figure": 1.0}}, "ratios": {}}
+CASE = {"op": "mean", "direction": "forward", "backend": "triton", "dtype": "bf16", "layout": "nhwc", "shape": [1]}
+SUITE = """
+import time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_measured(benchmark):
+    benchmark.extra_info.update({row!r} | dict(what="measured"))
+    assert benchmark(lambda: 1) == 1
+
+def test_wrong(benchmark):
+    benchmark.extra_info.update({row!r} | dict(what="wrong"))
+    assert benchmark(lambda: 1) == 2
+
+def test_long(benchmark):
+    benchmark.extra_info.update({row!r} | dict(what="long"))
+    time.sleep({sleep})
+
+def test_late(benchmark):
+    benchmark.extra_info.update({row!r} | dict(what="late"))
+"""
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """What a round asks of the GPU, its grace, and stages that need one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(gpu, "rates", lambda: {"copy_gb_per_s": 1000.0, "bf16_tflop_per_s": 100.0})
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu.Round, "build", lambda self: "built")
+    monkeypatch.setattr(gpu.Round, "test", lambda self: "1451 passed")
+
+
+def written(folder, sleep):
+    suite = folder / "test_suite.py"
+    row = ROW | {"case": CASE, "extra": {"gb_per_s": 900.0, "share_of_copy": 0.9}}
+    suite.write_text(SUITE.format(row=row, sleep=sleep))
+    return [str(suite)]
+
+
+def results(folder):
+    (path,) = folder.glob("*.json")
+    assert path.name.startswith("test-gpu-")
+    return json.loads(path.read_text())
+
+
+def test_a_round(machine, monkeypatch, tmp_path, capsys):
+    """Rows of tests that passed are kept, a failing stage does not end the round, what was not reached is counted."""
+    monkeypatch.setattr(gpu, "BENCHES", {"kernels": written(tmp_path, 0), "steps": [str(tmp_path / "nothing.py")]})
+    out = tmp_path / "results"
+    assert gpu.main(["--results", str(out), "--minutes", "1"]) == 1
+    result, said = results(out), capsys.readouterr().out
+    assert [row["what"] for row in result["rows"]] == ["measured", "long", "late"]
+    stages = result["stages"]
+    assert {name: stage["failed"] for name, stage in stages.items()} == {
+        "build": False, "test": False, "kernels": True, "steps": True,
+    }  # fmt: skip
+    assert "exit status 1; kernels.txt: 1 failed, 3 passed" in stages["kernels"]["said"]
+    assert result["machine"]["device"] == "Test GPU" and result["machine"]["copy_gb_per_s"] == 1000
+    assert len(list(out.iterdir())) <= 8 and len(said.splitlines()) < 90
+    assert said.rstrip().splitlines()[-1]
+
+
+def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
+    """A suite that hangs is killed at its limit, and its rows so far stay."""
+    monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 600)})
+    out, begun = tmp_path / "results", time.monotonic()
+    assert gpu.main(["--results", str(out), "--stages", "steps", "--minutes", "0.25"]) == 1
+    assert time.monotonic() - begun < 45
+    result = results(out)
+    assert [row["what"] for row in result["rows"]] == ["measured"]
+    assert "not done in 15 s" in result["stages"]["steps"]["said"]
+
+
+def test_what_is_not_reached_is_skipped(tmp_path):
+    log, rows = tmp_path / "log.txt", tmp_path / "rows.jsonl"
+    command = [*gpu.PYTEST, *written(tmp_path, 0), "--seconds", "-1", "--rows", str(rows)]
+    gpu.finish([gpu.start(command, log)], [log], 60)
+    assert gpu.counts([log]) == "4 skipped, 4 of the skipped for want of time" and not rows.exists()
+
+
+def test_nothing_is_measured_after_a_failing_test(machine, monkeypatch, tmp_path, capsys):
+    def broken(self):
+        raise gpu.Failed("exit status 1; test.txt: 3 failed")
+
+    monkeypatch.setattr(gpu.Round, "test", broken)
+    out = tmp_path / "results"
+    assert gpu.main(["--results", str(out), "--minutes", "1"]) == 1
+    result = results(out)
+    assert list(result["stages"]) == ["build", "test"] and result["rows"] == []
+    assert "test.txt: 3 failed" in capsys.readouterr().out
