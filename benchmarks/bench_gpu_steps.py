@@ -56,6 +56,7 @@ class Nets:
         self.tflop = 6e-12 * batch * multiply_adds(ours, 3, self.net.image)
         self.ours, self.dense = ours.to(DEVICE), dense.to(DEVICE)
         self.public = public.to(DEVICE, memory_format=torch.channels_last)
+        self.began = {name: t.clone() for name, t in self.ours.state_dict().items() if t.is_floating_point()}
         self.paths = cases.stratified_paths(ours, self.net)
         self.masks = [path.keep.to(DEVICE) for path in self.paths]
         self.full = self.dense.full_masks().to(DEVICE)
@@ -78,8 +79,16 @@ class Nets:
                             got = self.ours(x, path=path, dense=dense)
                             hold_together(f"{contender}, path {i}", [got], [wanted], steps.TOLERANCE)
 
+    def restore(self) -> None:
+        """The weights and statistics that all began with: contenders share a network and train it."""
+        with torch.no_grad():
+            for name, value in self.ours.state_dict().items():
+                if name in self.began:
+                    value.copy_(self.began[name])
+            self.dense.load_from(self.ours)
+
     def graphed(self, backend: str) -> GraphedStep:
-        """Graphed steps of ours, all kinds captured and held against the loss of the dense network."""
+        """Graphed steps of ours, all kinds captured, and replays held against the loss of the dense network."""
         step = steps.MixedStep(self.ours, self.precision, DEVICE)
 
         def work(x: Tensor, y: Tensor, path: Path, dense: bool) -> Tensor:
@@ -87,15 +96,17 @@ class Nets:
                 return step(lambda: self.ours(x, path=path, dense=dense), y)
 
         made = GraphedStep(self.ours, step.optimizer, work)
-        kinds = [steps.full_path(self.net)]
-        kinds += [column_path(len(self.net.channels), self.net.columns, c) for c in range(self.net.columns)]
-        for path in kinds:
-            for _ in range(4):
-                with torch.no_grad():
-                    self.dense.load_from(self.ours)
-                    with torch.autocast(DEVICE, step.dtype or torch.bfloat16, enabled=step.dtype is not None):
-                        expected = F.cross_entropy(self.dense(self.x, path.keep.to(DEVICE)), self.y)
-                hold_together("graphed", [made(self.x, self.y, path)], [expected], TOLERANCE[self.precision])
+        columns = [column_path(len(self.net.channels), self.net.columns, c) for c in range(self.net.columns)]
+        for path in (steps.full_path(self.net), *columns):
+            for _ in range(3):
+                made(self.x, self.y, path)
+        mixed = {"device_type": DEVICE, "dtype": step.dtype or torch.bfloat16, "enabled": step.dtype is not None}
+        for path in (steps.full_path(self.net), *columns, *self.paths[:4]):  # other masks than those of the capture
+            self.restore()
+            with torch.no_grad(), torch.autocast(**mixed):
+                expected = F.cross_entropy(self.dense(self.x, path.keep.to(DEVICE)), self.y)
+            hold_together(f"graphed, {path}", [made(self.x, self.y, path)], [expected], TOLERANCE[self.precision])
+        self.restore()
         if made.problem and DEVICE == "cuda":
             raise AssertionError(made.problem)
         return made
@@ -126,7 +137,17 @@ class Nets:
         found: dict[str, Contender] = {name: graphed(self.graphed(backend)) for name, backend in OURS.items()}
         found |= {"ungraphed": ungraphed, "eager": lambda i: public(lambda: self.public(x), y)}
         found |= {name: compiled(model) for name, model in self.compiled.items()}
-        return {name: waited(call) for name, call in found.items()}
+        return {name: waited(call) for name, call in found.items() if name == "ours" or fits(call)}
+
+
+def fits(call: Contender) -> bool:
+    """Whether a contender has enough memory beside the others: what has not is left out of the row."""
+    try:
+        call(0)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def waited(call: Contender) -> Contender:
@@ -144,9 +165,9 @@ _kept: dict[tuple[str, int, str], Nets] = {}  # the last one: what is compiled s
 def nets(*cell: Any) -> Nets:
     if cell not in _kept:
         _kept.clear()
+        torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        torch._dynamo.reset()
         _kept[cell] = Nets(*cell)
         _kept[cell].gate()
     return _kept[cell]
@@ -181,7 +202,11 @@ def test_training_step(compare: Callable[..., None], name: str, batch: int, prec
     def extra(row: dict[str, Any]) -> dict[str, float]:
         found = {"tflop": this.tflop}
         if DEVICE == "cuda":
-            found |= {f"peak_mb_{key}": peak(contenders[key]) for key in ("ungraphed", "eager", "compiled")}
+            found |= {
+                f"peak_mb_{key}": peak(contenders[key])
+                for key in ("ungraphed", "eager", "compiled")
+                if key in contenders
+            }
         return found
 
     what = f"training step, {this.net.title}, batch {batch}, {precision}, drop-path {drop_path}"

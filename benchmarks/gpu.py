@@ -5,8 +5,8 @@ compiling takes most of the time), sanitize (only when named: compute-sanitizer 
 named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks), steps (training steps).
 The round ends in time: every stage has a limit, tests and rows that it does not reach are skipped, and the last stage
 has what the others left. After build or test failed nothing is measured. Leaves in one folder <gpu>-<commit>.json,
-written after every stage (rows of an earlier round of the same commit stay, unless they were measured again), its
-plots, and the logs. Ends with a summary of at most 60 lines; exits 1 if a stage failed.
+written after every stage, its plots, and the logs; a later round of the same commit measures the rows that are not
+there. Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
 """
@@ -56,6 +56,10 @@ class Failed(Exception):
     """A stage did; the text says how."""
 
 
+class Late(Failed):
+    """A stage was not done in time, and nothing else was wrong with it."""
+
+
 def start(command: Sequence[str], log: Path, under: Sequence[str] = (), **variables: str) -> subprocess.Popen[bytes]:
     """Tiles come from the committed table alone, unless ``variables`` say otherwise."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
@@ -84,7 +88,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], limit: float) -> None:
     """Waits for all of them, and no longer than ``limit`` seconds."""
     until = time.monotonic() + limit
-    failures = []
+    failures, late = [], True
     try:
         for process, log in zip(processes, logs, strict=True):
             try:
@@ -92,13 +96,14 @@ def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], l
             except subprocess.TimeoutExpired:
                 code = -1
             if code:
+                late &= code == -1
                 why = f"not done in {limit:.0f} s" if code == -1 else f"exit status {code}"
                 failures.append(f"{why}; {log.name}: {last_line(log)}")
     finally:
         for process in processes:
             end(process)
     if failures:
-        raise Failed("\n".join(failures))
+        raise (Late if late else Failed)("\n".join(failures))
 
 
 def rates() -> dict[str, float]:
@@ -137,8 +142,8 @@ def clocks() -> str:
 
 
 class Round:
-    def __init__(self, folder: Path, processes: int, deadline: float) -> None:
-        self.folder, self.processes, self.deadline = folder.resolve(), processes, deadline
+    def __init__(self, folder: Path, processes: int, deadline: float, select: str = "") -> None:
+        self.folder, self.processes, self.deadline, self.select = folder.resolve(), processes, deadline, select
         self.scratch = Path(tempfile.mkdtemp(prefix="fractal-gpu-"))
         self.limit = 0.0  # seconds of the stage that runs
         self.command = "python -m benchmarks.gpu"
@@ -147,6 +152,7 @@ class Round:
         self.path = self.folder / f"{name}-{(commit() or 'no-commit')[:10]}.json"
         self.facts = {"device": self.device, "cuda": torch.version.cuda, "triton": version("triton")}
         self.facts |= {**rates(), "clocks": clocks()}
+        torch.cuda.empty_cache()  # the stages are other processes
         self.result: dict[str, Any] = {"stages": {}, "rows": []}
         if self.path.exists():
             self.result = json.loads(self.path.read_text(encoding="utf-8"))
@@ -188,20 +194,25 @@ class Round:
         major, minor = torch.cuda.get_device_capability()
         mode = {"FRACTAL_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)}
         mode["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-        finish([start(["setup.py", "-q", "build_ext", "--inplace"], log, **mode)], [log], self.limit)
+        finish([start(["setup.py", "-q", "build_ext", "--inplace"], log, **mode)], [log], self.limit - GRACE)
         before = log.stat().st_size
-        finish([start(["-m", "fractal_kernels.info"], log)], [log], 60)
+        finish([start(["-m", "fractal_kernels.info"], log)], [log], GRACE)
         return log.read_text(errors="replace")[before:].strip()
 
     def test(self) -> str:
         logs = [self.scratch / f"test-{i}.txt" for i in range(self.processes)]
-        of = self.processes
-        shards = [[*PYTEST, *TESTS, "--shard", f"{i}/{of}", "--seconds", f"{self.limit - GRACE}"] for i in range(of)]
+        of, failures, cut = self.processes, self.scratch / "failures.txt", ""
+        suite = [*PYTEST, *TESTS, "--seconds", f"{self.limit - GRACE}", "--failures", str(failures)]
         try:
-            finish([start(s, log) for s, log in zip(shards, logs, strict=True)], logs, self.limit)
+            shards = [start([*suite, "--shard", f"{i}/{of}"], log) for i, log in enumerate(logs)]
+            finish(shards, logs, self.limit)
+        except Late as late:
+            if failures.exists():
+                raise Failed(f"{late}\nfailed: {failures.read_text().strip()}") from late
+            cut = f"\n{late}"
         finally:
             self.log("test").write_text("\n".join(log.read_text(errors="replace") for log in logs))
-        return counts(logs)
+        return counts(logs) + cut
 
     def sanitize(self) -> str:
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -224,10 +235,10 @@ class Round:
 
     def tune(self) -> str:
         log, cache = self.log("tune"), str(self.scratch / "tuned")
-        tuning = [*PYTEST, *BENCHES["kernels"], "--benchmark-disable", "--seconds", f"{self.limit - GRACE}"]
-        finish([start(tuning, log, FRACTAL_TUNE="1", FRACTAL_CACHE_DIR=cache)], [log], self.limit)
+        tuning = [*PYTEST, *BENCHES["kernels"], "--benchmark-disable", "--seconds", f"{self.limit - 2 * GRACE}"]
+        finish([start(tuning, log, FRACTAL_TUNE="1", FRACTAL_CACHE_DIR=cache)], [log], self.limit - GRACE)
         writing = ["-m", "fractal_kernels.triton.tuning", "--write-table"]
-        finish([start(writing, log, FRACTAL_CACHE_DIR=cache)], [log], 60)
+        finish([start(writing, log, FRACTAL_CACHE_DIR=cache)], [log], GRACE)
         # Not *.json: those in the folder are results.
         shutil.copy(ROOT / "fractal_kernels" / "triton" / "tuned.json", self.folder / "tuned.json.txt")
         return f"{len(list(Path(cache).glob('*/*.json')))} classes in tuned.json"
@@ -241,17 +252,21 @@ class Round:
     def measure(self, stage: str) -> str:
         """Adds the rows of every benchmark that passed, whatever became of the others."""
         log, rows = self.log(stage), self.scratch / f"{stage}.jsonl"
-        command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - 2 * GRACE}"]
+        command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - GRACE}"]
+        command += ["--done", str(self.path)] + (["-k", self.select] if self.select else [])
+        before, cut = len(self.result["rows"]), ""
         try:
             finish([start(command, log)], [log], self.limit)
+        except Late as late:
+            cut = f"; {late}"
         finally:
             lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
             found = [rounded(json.loads(line)) for line in lines]
             new = {row["what"] for row in found}
             self.result["rows"] = [row for row in self.result["rows"] if row["what"] not in new] + found
-        if not found:
+        if not found and not before:
             raise Failed(f"no figures; {log.name}: {last_line(log)}")
-        return f"{len(found)} rows; {counts([log])}"
+        return f"{len(found)} rows, {before} before; {counts([log])}{cut}"
 
 
 def counts(logs: Sequence[Path]) -> str:
@@ -293,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--stages", default=",".join(ALWAYS), help=f"of {','.join(LIMITS)}; default: {','.join(ALWAYS)}"
     )
     parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
+    parser.add_argument("--select", default="", help="of the benchmarks, as pytest's -k has it")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of the whole round")
     parser.add_argument("--dry-run", action="store_true", help="collect what would run; needs no GPU")
     options = parser.parse_args(argv)
@@ -305,8 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: PyTorch sees no CUDA device; --dry-run collects what would run", file=sys.stderr)
         return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    this = Round(options.results, options.processes, time.monotonic() + 60 * options.minutes)
+    this = Round(options.results, options.processes, time.monotonic() + 60 * options.minutes, options.select)
     this.command = shlex.join(["python", "-m", "benchmarks.gpu", "--stages", ",".join(stages)])
+    this.command += f" --select {shlex.quote(options.select)}" if options.select else ""
     good = True
     try:
         for stage in stages:

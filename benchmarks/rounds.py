@@ -1,27 +1,51 @@
-"""A pytest plugin of ``make gpu``: an end for a suite that may be longer than the round, and rows that outlive a kill.
+"""A pytest plugin of ``make gpu``: an end for a suite that may be too long, and results that outlive a kill.
 
-python -m pytest -p benchmarks.rounds --seconds 100 --rows rows.jsonl ...
+python -m pytest -p benchmarks.rounds --seconds 100 --rows rows.jsonl --failures failures.txt --done results.json ...
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-BEGUN = time.monotonic()
 OVER = "the time is over"
+_begun = time.monotonic()
+_longest = 0.0  # seconds of a test so far
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seconds", type=float, default=float("inf"), help="no test begins later than that")
+    parser.addoption("--seconds", type=float, default=float("inf"), help="no test begins that would end after that")
     parser.addoption("--rows", default=None, help="a file that gets every benchmark's row as it is measured")
+    parser.addoption("--failures", default=None, help="a file that gets the name of every test that fails")
+    parser.addoption("--done", default=None, help="results whose rows are not measured again")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    path = config.getoption("--done")
+    if path and Path(path).exists():
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        done = {row.get("test") for row in rows}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global _longest
+    begun = time.monotonic()
+    result = yield
+    _longest = max(_longest, time.monotonic() - begun)
+    return result
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.monotonic() - BEGUN > item.config.getoption("--seconds"):
+    """The longest test so far is what the next one is taken to need."""
+    if time.monotonic() - _begun + _longest > item.config.getoption("--seconds"):
         pytest.skip(OVER)
 
 
@@ -32,5 +56,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     row = getattr(getattr(item, "funcargs", {}).get("benchmark"), "extra_info", {})
     if (path := item.config.getoption("--rows")) and call.when == "call" and report.passed and "what" in row:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "test": item.nodeid}) + "\n")
+    if (path := item.config.getoption("--failures")) and report.failed:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{item.nodeid} ({report.when})\n")
     return report

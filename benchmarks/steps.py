@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import fractalnet
 import torch
 import torch.nn.functional as F
+from fractalnet.devices import zero_momenta
 from fractalnet.drop_path import Path
 from torch import Tensor, nn
 
@@ -106,6 +107,7 @@ class MixedStep:
         self.dtype, self.device = PRECISIONS[precision], device
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+        zero_momenta(self.optimizer)
 
     def __call__(self, forward: Callable[[], Tensor], y: Tensor) -> Tensor:
         with torch.autocast(self.device, self.dtype) if self.dtype else nullcontext():

@@ -27,7 +27,7 @@ GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
 THREADS = 2
 # Files that take minutes: begun first, so that two processes (``make test``) end together.
-LONG = ("test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py", "test_graphed.py")
+LONG = ("test_graphed.py", "test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py")
 
 if settings is not None:
     settings.register_profile(
@@ -77,6 +77,7 @@ def same_start() -> Iterator[None]:
     _poison()
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions of a GPU round their factors by default
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
         yield

@@ -93,8 +93,10 @@ class Apart(TorchDispatchMode):
             with self:
                 return INSIDE[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        # A number in a tensor of the host's is passed to a kernel by value.
-        there = [t.device.type for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.device.type == "meta"]
+        # A number in a tensor of the host's is passed to a kernel by value, unless it is copied.
+        copies = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.copy)
+        there = [t for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.is_meta or copies]
+        there = [t.device.type for t in there]
         if len(set(there)) > 1:
             raise AssertionError(f"{func} takes from one device to the other")
         return out

@@ -114,14 +114,19 @@ def test_a_round(machine, monkeypatch, tmp_path, capsys):
 
 
 def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
-    """A suite that hangs is killed at its limit, and its rows so far stay."""
+    """A suite that hangs is killed at its limit, and its rows so far stay: late, not failed."""
     monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 600)})
     out, begun = tmp_path / "results", time.monotonic()
-    assert gpu.main(["--results", str(out), "--stages", "steps", "--minutes", "0.25"]) == 1
+    assert gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "0.25"]) == 0
     assert time.monotonic() - begun < 45
     result = results(out)
     assert [row["what"] for row in result["rows"]] == ["measured"]
     assert "not done in 15 s" in result["stages"]["steps"]["said"]
+    assert result["command"].endswith("--stages steps --select 'not wrong'")
+    # What is there is not measured again.
+    monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 0)})
+    gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "1"])
+    assert "2 rows, 1 before; 2 passed" in results(out)["stages"]["steps"]["said"]
 
 
 def test_what_is_not_reached_is_skipped(tmp_path):
@@ -129,6 +134,25 @@ def test_what_is_not_reached_is_skipped(tmp_path):
     command = [*gpu.PYTEST, *written(tmp_path, 0), "--seconds", "-1", "--rows", str(rows)]
     gpu.finish([gpu.start(command, log)], [log], 60)
     assert gpu.counts([log]) == "4 skipped, 4 of the skipped for want of time" and not rows.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(gpu, "rates", dict)
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600))
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--shard')\n")
+    if not fails:
+        monkeypatch.setattr(gpu, "PYTEST", [*gpu.PYTEST, "-k", "not wrong"])
+    this = gpu.Round(tmp_path, 1, time.monotonic() + 60)
+    this.limit = 12
+    if fails:
+        with pytest.raises(gpu.Failed, match=r"failed: .*test_wrong \(call\)"):
+            this.test()
+    else:
+        assert "not done in 12 s" in this.test()
 
 
 def test_nothing_is_measured_after_a_failing_test(machine, monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Without a GPU the graphs are those of ``graph_twin``; ``-m gpu`` takes CUDA's.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -107,11 +108,65 @@ def test_cuda_graphs_equal_ordinary_steps(name, gpu_backend):
         net, optimizer, work, state = build(NETS[name], "cuda", torch.float32)
         step = GraphedStep(net, optimizer, work) if graphed else ordinary(work, name == "dropout")
         losses = train(step, net, optimizer, batches(24, device="cuda", dtype=torch.float32))
-        assert not graphed or (step.problem == "" and all(g.replay for g in step.graphs.values()))
+        assert not graphed or (step.problem == "" and all(g.replay for g in step._graphs.values()))
         results.append((losses, [t.clone() for t in state()]))
     for got in results[1:]:
         hold(got[0][:8], results[0][0][:8], 1e-3)  # rounding grows from step to step
     assert all(torch.equal(a, b) for a, b in zip(results[1][0], results[2][0], strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_graphs_of_mixed_steps(dtype, kind, gpu_backend):
+    """Autocast, a scaler and clipping in the graph; an autocast around it, which keeps casts of the weights."""
+    results = []
+    for graphed in (False, True):
+        net, _, _, _ = build(NETS["fused"], "cuda", torch.float32)
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        optimizer = kind(net.parameters(), lr=2**-10, fused=True, **options)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8, enabled=dtype == torch.float16)
+
+        def work(x, y, path, dense, net=net, optimizer=optimizer, scaler=scaler):
+            with torch.autocast("cuda", dtype):
+                loss = F.cross_entropy(net(x, path=path, dense=dense), y)
+            scaler.scale(loss).backward()
+            if not scaler.is_enabled():  # a fused optimizer divides by the scale itself
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        step = GraphedStep(net, optimizer, work) if graphed else ordinary(work)
+        losses = []
+        with torch.autocast("cuda", dtype):
+            for i, (x, y) in enumerate(batches(12, device="cuda", dtype=torch.float32)):
+                optimizer.param_groups[0]["lr"] = 2.0 ** -(10 + i % 3)
+                losses.append(step(x, y, full_path(2, 3) if i % 2 else column_path(2, 3, 2)))
+        assert not graphed or (step.problem == "" and all(g.replay for g in step._graphs.values()))
+        results.append(losses)
+    hold(results[1], results[0], 5e-2)
+
+
+@needs_gpu
+def test_cuda_goes_on_after_a_failed_capture(gpu_backend):
+    """A step that reads the device cannot be captured: it runs as it is, and so do dropout and the next graph."""
+    net, optimizer, work, _ = build(NETS["dropout"], "cuda", torch.float32)
+    data = list(batches(3, device="cuda", dtype=torch.float32))
+
+    def reads(*args):
+        loss = work(*args)
+        loss.item()
+        return loss
+
+    step = GraphedStep(net, optimizer, reads, warmup=1)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        losses = [step(x, y, full_path(2, 2)) for x, y in data]
+    torch.cuda.empty_cache()
+    again = GraphedStep(net, optimizer, work, warmup=1)
+    losses += [again(x, y, full_path(2, 2)) for x, y in data]
+    assert again.problem == "" and all(loss.isfinite() for loss in losses)
 
 
 @pytest.mark.parametrize("kind", ["column", "local"])
@@ -177,6 +232,48 @@ def test_what_is_dropped_moves_nothing():
     unit = block.find(0, 0).id
     assert moved[0, unit] and moved.sum() == 1
     assert torch.equal((block.running_mean != before[0]).any(2), moved)
+
+
+def test_a_loaded_state_and_another_momentum_are_captured_anew():
+    results = []
+    for graphed in (False, True):
+        net, optimizer, work, state = build(NETS["fused"])
+        twin = Twin(state)
+        step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1) if graphed else ordinary(work)
+        losses, path = [], column_path(2, 3, 1)
+        for i, (x, y) in enumerate(batches(9)):
+            if i == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            if i == 6:
+                optimizer.param_groups[0]["momentum"] = 0.5
+            losses.append(step(x, y, path))
+        results.append(losses + state())
+    assert (twin.captures, twin.replays) == (3, 6)
+    hold(results[1], results[0], 1e-10)
+
+
+def test_a_path_that_was_not_recorded_runs_as_it_is():
+    net, optimizer, work, state = build(NETS["fused"])
+    twin = Twin(state)
+    step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1)
+    for x, y in batches(2):
+        step(x, y, column_path(2, 3, 1))
+    other = Path(full_path(2, 3).keep, column=1)
+    twins = copy.deepcopy(net)
+    ((x, y),) = batches(1)
+    torch.testing.assert_close(step(x, y, other), F.cross_entropy(twins(x, path=other), y))
+    assert twin.replays == 1
+
+
+def test_tied_networks_and_evaluation_draw_their_own_paths():
+    net, optimizer, _, _ = build({"columns": 2, "channels": (4,), "global_mode": "tied"})
+    seen = []
+    step = GraphedStep(net, optimizer, lambda x, y, path, dense: seen.append(path) or x.sum())
+    for x, y in batches(1):
+        step(x, y)
+        net.eval()
+        step(x, y)
+    assert seen == [None, None] and net.path_step == 0
 
 
 class Fails(Twin):

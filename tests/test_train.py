@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import yaml  # noqa: E402
-from fractalnet import checkpoints, evaluate, loader, outputs, sources, train  # noqa: E402
+from fractalnet import checkpoints, devices, evaluate, loader, outputs, sources, train  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from image_files import write_folder  # noqa: E402
 
@@ -372,3 +372,16 @@ def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path):
         main(["train", written(tmp_path, **changes), "--out", str(tmp_path / str(batch)), "--optimizer.lr", "1e-6"])
         weights.append(torch.load(tmp_path / str(batch) / "model.pt", weights_only=True)["state"]["head.bias"])
     torch.testing.assert_close(weights[0], weights[1], rtol=0.02, atol=1e-8)
+
+
+def test_a_scaler_that_skips_the_first_step_leaves_no_momenta_of_chance():
+    """torch.empty is poisoned: without zeros the second step would make the weights NaN."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer, scaler = torch.optim.SGD([p], lr=0.5, momentum=0.9, fused=True), torch.amp.GradScaler("cpu")
+    devices.zero_momenta(optimizer)
+    for factor in (float("inf"), 1.0):
+        scaler.scale((p * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert torch.equal(p, torch.full((4,), 0.5))

@@ -101,8 +101,6 @@ class ComposedBlock(Block):
         self.register_buffer("running_mean", torch.zeros(sets, total))
         self.register_buffer("running_var", torch.ones(sets, total))
         self.register_buffer("num_batches_tracked", torch.zeros(sets, len(self.sizes)))
-        owner = [i for i, size in enumerate(self.sizes) for _ in range(size)]  # of every channel: its unit
-        self.register_buffer("_owner", torch.tensor(owner), persistent=False)
         self.act = ACTIVATIONS[self.activation]()
 
     def init_weights(self, init: str) -> None:
@@ -112,7 +110,7 @@ class ComposedBlock(Block):
 
     def per_channel(self, values: Tensor) -> Tensor:
         """[S, U] in the shape of the running statistics."""
-        return values.index_select(1, self._owner)
+        return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), self.sizes, strict=True)], 1)
 
     def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
         """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,

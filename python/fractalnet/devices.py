@@ -14,7 +14,7 @@ from .files import UserError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["fabric_for"]
+__all__ = ["fabric_for", "zero_momenta"]
 
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
@@ -56,3 +56,15 @@ def fabric_for(config: Config) -> Fabric:
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
         raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
     return fabric
+
+
+def zero_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """The momenta of a fused SGD that a scaler steps, before its first step.
+
+    When the first gradients overflow the kernel does nothing, and the momenta that it was to write would be whatever
+    was in memory. From zeros the first step is the same, but for ``dampening``.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused") and group.get("momentum"):
+            for p in group["params"]:
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -38,34 +38,57 @@ class _Cuda:
     """Graphs on one stream that share their memory: no two run at a time, and none needs what another left."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self.pool = torch.cuda.Stream(device), None
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm(self, call: Callable[[], Tensor]) -> Tensor:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             out = call()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return out
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a thread that pins the next batch's memory meanwhile is none of the capture's business.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            out = call()
-        self.pool = self.pool or graph.pool()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        # cuBLAS keeps a workspace per stream. One from before the capture could be freed while replays use it (graphs
+        # of torch.compile free all of them), so the graph gets one of its own pool, and nobody else does.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # thread_local: a thread that pins the next batch's memory meanwhile is none of the capture's business.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                out = call()
+        except BaseException:
+            self._recover(current)
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, out
+
+    def _recover(self, current: torch.cuda.Stream) -> None:
+        """What PyTorch leaves open when the end of a capture fails: the stream, the pool, the generator."""
+        torch.cuda.set_stream(current)
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
+            torch.zeros((), device=self.device)
+        torch.cuda.set_stream(current)
 
 
 class _Graph:
     """A kind of step: its inputs, which stay where they are, and, once it is captured, what replays it."""
 
-    def __init__(self, x: Tensor, y: Tensor, path: Path | None) -> None:
-        self.x, self.y, self.path, self.uses = torch.empty_like(x), torch.empty_like(y), path, 0
+    def __init__(self, x: Tensor, y: Tensor, path: Path | None, device: torch.device) -> None:
+        self.x, self.y = (torch.empty_like(t, device=device) for t in (x, y))
+        self.path, self.uses = path, 0
         self.masked = path is not None and path.column is None
         if self.masked:
-            self.path = Path(torch.empty_like(path.keep, device=x.device))
+            self.path = Path(torch.empty_like(path.keep, device=device))
         self.replay: Callable[[], None] | None = None
         self.out = x
+
+    def fits(self, path: Path | None) -> bool:
+        """Whether the graph can take this path: a column's is recorded, a local one fills in its masks."""
+        return path is None or self.masked or torch.equal(path.keep, self.path.keep)
 
     def fill(self, x: Tensor, y: Tensor, path: Path | None) -> None:
         self.x.copy_(x, non_blocking=True)
@@ -82,15 +105,15 @@ class GraphedStep:
     the ordinary step: a local step runs dropped branches too and masks them, which changes the rounding, and which
     values dropout drops.
 
-    Batches of another shape than the first one (the last of an epoch) run as ordinary steps. So does everything when
-    something cannot be captured: a warning gives the reason once, and so does :attr:`problem`.
+    Batches of another shape than the first one (the last of an epoch) run as ordinary steps. So does everything after
+    something could not be captured: a warning gives the reason once, and so does :attr:`problem`.
 
     Args:
         net: the network whose paths choose the graph, a :class:`FractalNet` or any module without paths, in training
             mode, on a CUDA device. Its tensors stay where they are: values may be loaded into them, ``net.to`` must not
             be called.
-        optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step, its
-            other settings are recorded. Load its state, if any, before the first step.
+        optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step; after
+            another setting or a loaded state its steps are captured anew.
         work: ``work(x, y, path, dense)`` does all of a step on the device and returns the loss, a tensor: it calls
             ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
             part of it (counters, schedules, printing) would run when it is captured, and never again.
@@ -130,23 +153,30 @@ class GraphedStep:
         self.device = next(net.parameters()).device
         self.problem = "" if capturer is not None else _problem(net, optimizer, self.device)
         self.capturer = capturer or (None if self.problem else _Cuda(self.device))
-        self.graphs: dict[int | None, _Graph] = {}
-        self.shape: tuple[object, ...] | None = None
-        self.rates = [torch.empty((), device=self.device) for _ in optimizer.param_groups]
-        self.filled: list[float | None] = [None] * len(self.rates)
+        self._graphs: dict[int | None, _Graph] = {}
+        self._shape: tuple[object, ...] | None = None
+        self._recorded: object = None
+        # float32: what the kernels of fused optimizers read.
+        self._rates = [torch.empty((), dtype=torch.float32, device=self.device) for _ in optimizer.param_groups]
+        self._filled: list[float | None] = [None] * len(self._rates)
 
     def __call__(self, x: Tensor, y: Tensor, path: Path | None = None) -> Tensor:
-        fractal = isinstance(self.net, FractalNet)
-        if path is None and fractal:
+        drops = isinstance(self.net, FractalNet) and self.net.training and self.net.global_mode != "tied"
+        if path is None and drops:
             path = self.net.sample_path(len(x))
         shape = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
-        self.shape = self.shape or shape
-        if self.problem or shape != self.shape or not self.net.training:
+        self._shape = self._shape or shape
+        if self.problem or shape != self._shape or not self.net.training:
             return self.work(x, y, path, False)
-        kind = path.column if fractal else None
-        if kind not in self.graphs:
-            self.graphs[kind] = _Graph(x, y, path)
-        graph = self.graphs[kind]
+        if self._recorded != (settings := self._settings()):  # another state was loaded, another momentum set
+            self._graphs.clear()
+            self._recorded = settings
+        kind = None if path is None else path.column
+        if kind not in self._graphs:
+            self._graphs[kind] = _Graph(x, y, path, self.device)
+        graph = self._graphs[kind]
+        if not graph.fits(path):
+            return self.work(x, y, path, False)
         graph.fill(x, y, path)
         if graph.replay is None:
             if graph.uses < self.warmup:
@@ -159,19 +189,31 @@ class GraphedStep:
         graph.replay()
         return graph.out.clone()
 
+    def _settings(self) -> tuple[object, ...]:
+        """What a capture records of the optimizer, but for the learning rates."""
+        groups = self.optimizer.param_groups
+        varying = ("params", "lr", "initial_lr")
+        return id(self.optimizer.state), *(tuple(v for k, v in group.items() if k not in varying) for group in groups)
+
     def _call(self, graph: _Graph) -> Tensor:
         return self.work(graph.x, graph.y, graph.path, graph.masked)
 
     def _capture(self, graph: _Graph) -> bool:
+        # An autocast around the step keeps casts of the weights: a replay must make its own, and nobody else use those.
+        torch.clear_autocast_cache()
         try:
             with self._on_the_device(capturable=True):
                 graph.replay, graph.out = self.capturer.capture(lambda: self._call(graph))
         except RuntimeError as error:  # CUDA's and PyTorch's, out of memory among them
             self.problem = f"a step cannot be captured: {type(error).__name__}: {' '.join(str(error).split())}"
-            self.graphs.clear()
+            self._graphs.clear()
             self.optimizer.zero_grad(set_to_none=True)  # what was recorded has left no values there
+            for name in ("grad_scale", "found_inf"):  # nor in what a scaler hands over during the step
+                self.optimizer.__dict__.pop(name, None)
             warnings.warn(f"GraphedStep: {self.problem}; steps run one kernel at a time", stacklevel=3)
             return False
+        finally:
+            torch.clear_autocast_cache()
         return True
 
     @contextmanager
@@ -181,7 +223,7 @@ class GraphedStep:
         before = [{key: group[key] for key in ("lr", *options) if key in group} for group in groups]
         self._fill_rates()
         try:
-            for group, rate, kept in zip(groups, self.rates, before, strict=True):
+            for group, rate, kept in zip(groups, self._rates, before, strict=True):
                 group.update({"lr": rate} | {key: value for key, value in options.items() if key in kept})
             yield
         finally:
@@ -189,11 +231,11 @@ class GraphedStep:
                 group.update(kept)
 
     def _fill_rates(self) -> None:
-        for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates, strict=True)):
+        for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
             if isinstance(group["lr"], Tensor):
                 rate.copy_(group["lr"], non_blocking=True)
-            elif self.filled[i] != group["lr"]:
-                self.filled[i] = group["lr"]
+            elif self._filled[i] != group["lr"]:
+                self._filled[i] = group["lr"]
                 rate.fill_(group["lr"])
 
 
@@ -206,6 +248,8 @@ def _problem(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.dev
     if isinstance(net, FractalNet):
         if net.global_mode == "tied":
             return 'global_mode "tied" draws its path inside the step'
+        if any(getattr(block, "sync_group", None) is not None for block in net.blocks):
+            return "batch norms are synchronised: a process that cannot capture would leave the others waiting"
         if net.granularity == "sample" and any(reasons for reasons in net._composed):
             return f"paths per sample choose the samples of composed blocks on the host: {net.info()}"
     return ""

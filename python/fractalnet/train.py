@@ -24,7 +24,7 @@ from torch import Tensor
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
-from .devices import fabric_for
+from .devices import fabric_for, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import Stopped, UserError, folder_for, require
 from .graphed import GraphedStep
@@ -108,6 +108,8 @@ class Run:
         fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
         if config.precision == "fp16" and config.clip is not None and fused:
             raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
+        if config.precision == "fp16":
+            zero_momenta(self.optimizer.optimizer)
         steps = -(-len(self.loader) // config.accumulate)  # of an epoch
         self.scheduler = scheduler_for(self.optimizer, config.schedule, config.epochs, steps)
         self.graphed = self._graphs() if config.graphs else None
