@@ -76,6 +76,8 @@ cuda-check: $(STAMP)
 RESULTS ?= benchmarks/results
 STAGES ?= build,test,kernels,steps
 gpu:
+	@$(PYTHON) -c 'import torch' || \
+	  { echo "error: $(PYTHON) cannot import PyTorch; name another one: make gpu PYTHON=.venv/bin/python" >&2; exit 1; }
 	$(PYTHON) -m benchmarks.gpu --results $(RESULTS) --stages $(STAGES) $(ARGS)
 
 docs: $(STAMP)
