@@ -259,10 +259,14 @@ def test_a_path_that_was_not_recorded_runs_as_it_is():
     for x, y in batches(2):
         step(x, y, column_path(2, 3, 1))
     other = Path(full_path(2, 3).keep, column=1)
-    twins = copy.deepcopy(net)
+    per_sample = Path(full_path(2, 3).keep.unsqueeze(3).repeat(1, 1, 1, 6))
+    for x, y in batches(2):
+        step(x, y, full_path(2, 3))
     ((x, y),) = batches(1)
-    torch.testing.assert_close(step(x, y, other), F.cross_entropy(twins(x, path=other), y))
-    assert twin.replays == 1
+    for path in (other, per_sample):
+        same = copy.deepcopy(net)
+        torch.testing.assert_close(step(x, y, path), F.cross_entropy(same(x, path=path), y))
+    assert twin.replays == 2
 
 
 def test_tied_networks_and_evaluation_draw_their_own_paths():

@@ -88,7 +88,9 @@ class _Graph:
 
     def fits(self, path: Path | None) -> bool:
         """Whether the graph can take this path: a column's is recorded, a local one fills in its masks."""
-        return path is None or self.masked or torch.equal(path.keep, self.path.keep)
+        if path is None or self.masked:
+            return path is None or path.keep.shape == self.path.keep.shape
+        return torch.equal(path.keep, self.path.keep)
 
     def fill(self, x: Tensor, y: Tensor, path: Path | None) -> None:
         self.x.copy_(x, non_blocking=True)
