@@ -60,6 +60,7 @@ class Nets:
         self.paths = cases.stratified_paths(ours, self.net)
         self.masks = [path.keep.to(DEVICE) for path in self.paths]
         self.full = self.dense.full_masks().to(DEVICE)
+        self.steps: dict[str, GraphedStep] = {}  # captured once for both kinds of drop-path
         self.compiled = {name: torch.compile(self.dense, fullgraph=True, mode=mode) for name, mode in MODES.items()}
 
     def gate(self) -> None:
@@ -134,7 +135,8 @@ class Nets:
         def graphed(step: GraphedStep) -> Contender:
             return lambda i: step(x, y, path(i))
 
-        found: dict[str, Contender] = {name: graphed(self.graphed(backend)) for name, backend in OURS.items()}
+        self.steps = self.steps or {name: self.graphed(backend) for name, backend in OURS.items()}
+        found: dict[str, Contender] = {name: graphed(step) for name, step in self.steps.items()}
         found |= {"ungraphed": ungraphed, "eager": lambda i: public(lambda: self.public(x), y)}
         found |= {name: compiled(model) for name, model in self.compiled.items()}
         return {name: waited(call) for name, call in found.items() if name == "ours" or fits(call)}

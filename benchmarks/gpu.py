@@ -5,8 +5,9 @@ compiling takes most of the time), sanitize (only when named: compute-sanitizer 
 named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks), steps (training steps).
 The round ends in time: every stage has a limit, tests and rows that it does not reach are skipped, and the last stage
 has what the others left. After build or test failed nothing is measured. Leaves in one folder <gpu>-<commit>.json,
-written after every stage, its plots, and the logs; a later round of the same commit measures the rows that are not
-there. Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
+written after every stage, its plots, and the logs; a later round of the same commit, with nothing changed, measures
+the rows that are not there. Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of
+time is not.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
 """
@@ -148,14 +149,15 @@ class Round:
         self.limit = 0.0  # seconds of the stage that runs
         self.command = "python -m benchmarks.gpu"
         self.device = torch.cuda.get_device_name()
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-").lower()
-        self.path = self.folder / f"{name}-{(commit() or 'no-commit')[:10]}.json"
+        name, sha = re.sub(r"[^A-Za-z0-9]+", "-", self.device).strip("-").lower(), commit()
+        self.path = self.folder / f"{name}-{(sha or 'no-commit')[:10]}.json"
         self.facts = {"device": self.device, "cuda": torch.version.cuda, "triton": version("triton")}
         self.facts |= {**rates(), "clocks": clocks()}
         torch.cuda.empty_cache()  # the stages are other processes
         self.result: dict[str, Any] = {"stages": {}, "rows": []}
-        if self.path.exists():
-            self.result = json.loads(self.path.read_text(encoding="utf-8"))
+        if sha and not sha.endswith("-dirty") and self.path.exists():
+            earlier = json.loads(self.path.read_text(encoding="utf-8"))
+            self.result = earlier if earlier.get("commit") == sha else self.result
 
     def run(self, stage: str, last: bool) -> bool:
         """A stage and, in the results, what became of it. False: it failed."""
@@ -170,6 +172,7 @@ class Round:
             said, failed = str(error), True
         seconds = time.monotonic() - begun
         self.result["stages"][stage] = {"seconds": round(seconds, 1), "said": said, "failed": failed}
+        self.result["stages"][stage]["command"] = self.command
         print(f"{stage}: {'failed, ' if failed else ''}{seconds:.0f} s\n{said}\n", flush=True)
         self.keep()
         return not failed
@@ -253,17 +256,18 @@ class Round:
         """Adds the rows of every benchmark that passed, whatever became of the others."""
         log, rows = self.log(stage), self.scratch / f"{stage}.jsonl"
         command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - GRACE}"]
-        command += ["--done", str(self.path)] + (["-k", self.select] if self.select else [])
-        before, cut = len(self.result["rows"]), ""
+        done, cut = self.scratch / "done.json", ""
+        done.write_text(json.dumps([row["test"] for row in self.result["rows"]]))
+        command += ["--done", str(done)] + (["-k", self.select] if self.select else [])
+        before = sum(row["stage"] == stage for row in self.result["rows"])
         try:
             finish([start(command, log)], [log], self.limit)
         except Late as late:
             cut = f"; {late}"
         finally:
             lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
-            found = [rounded(json.loads(line)) for line in lines]
-            new = {row["what"] for row in found}
-            self.result["rows"] = [row for row in self.result["rows"] if row["what"] not in new] + found
+            found = [rounded(json.loads(line)) | {"stage": stage} for line in lines]
+            self.result["rows"] += found
         if not found and not before:
             raise Failed(f"no figures; {log.name}: {last_line(log)}")
         return f"{len(found)} rows, {before} before; {counts([log])}{cut}"

@@ -17,7 +17,6 @@ from benchmarks.gpu_report import (
     label,
     number,
     plots_of,
-    stem,
     step_rate,
 )
 
@@ -166,15 +165,15 @@ OFFSET = {"textcoords": "offset points", "va": "bottom", "fontsize": 9}
 DRAW = {"kernels": draw_kernels, "steps": draw_steps, "roofline": draw_roofline}
 
 
-def plot(result: dict[str, Any], folder: Path, name: str | None = None) -> list[Path]:
-    """Writes the plots of a result as <name>-<kind>.svg, name by default <gpu>-<commit>. The same figures give the same
+def plot(result: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """Writes the plots of a result as <name>-<kind>.svg. The same figures give the same
     bytes: no date, ids from a fixed salt, nothing of the user's style."""
     try:
         from matplotlib import style
     except ImportError as error:
         raise ReportError(f"plots need matplotlib: pip install matplotlib ({error})") from error
     groups = checked(result)
-    files = {kind: Path(folder) / f"{name or stem(result)}-{kind}.svg" for kind in plots_of(result)}
+    files = {kind: Path(folder) / f"{name}-{kind}.svg" for kind in plots_of(result)}
     for kind, path in files.items():
         buffer = io.BytesIO()
         with style.context(["default", {"svg.hashsalt": kind}]):

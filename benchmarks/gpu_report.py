@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,12 +52,6 @@ def number(value: float) -> str:
 
 def is_gpu(result: Any) -> bool:
     return isinstance(result, dict) and "copy_gb_per_s" in (result.get("machine") or ())
-
-
-def stem(result: dict[str, Any]) -> str:
-    """<gpu>-<commit>: what the files of this result are called."""
-    device = re.sub(r"[^A-Za-z0-9]+", "-", result["machine"]["device"]).strip("-").lower()
-    return f"{device}-{(result['commit'] or 'no-commit')[:10]}"
 
 
 def checked(result: dict[str, Any]) -> dict[str, list[Row]]:
@@ -141,9 +134,9 @@ def intensity(row: Row) -> float | None:
 def step_rate(row: Row) -> float | None:
     """TFLOP/s of a training step in which nothing is dropped."""
     work = row["extra"].get("tflop")
-    return (
-        None if work is None or row["case"]["drop_path"] != "off" else 1e3 * work / row["contenders"]["ours"]["figure"]
-    )
+    if work is None or row["case"]["drop_path"] != "off":
+        return None
+    return 1e3 * work / row["contenders"]["ours"]["figure"]
 
 
 # --- lines -------------------------------------------------------------------------------------
@@ -285,10 +278,9 @@ def plots_of(result: dict[str, Any]) -> list[str]:
     return [kind for kind, drawn in there.items() if drawn]
 
 
-def markdown(result: dict[str, Any], name: str | None = None) -> str:
+def markdown(result: dict[str, Any], name: str) -> str:
     """What stands between the README's markers for one GPU; `name`: what its files are called."""
-    groups, name = checked(result), name or stem(result)
-    parts = []
+    groups, parts = checked(result), []
     if steps := groups["gpu_step"]:
         parts += [
             "Training steps as CUDA graphs on the CUDA kernels. A ratio says how many times as long as ours; the best "

@@ -1,6 +1,6 @@
 """A pytest plugin of ``make gpu``: an end for a suite that may be too long, and results that outlive a kill.
 
-python -m pytest -p benchmarks.rounds --seconds 100 --rows rows.jsonl --failures failures.txt --done results.json ...
+python -m pytest -p benchmarks.rounds --seconds 100 --rows rows.jsonl --failures failures.txt --done done.json ...
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ import pytest
 OVER = "the time is over"
 _begun = time.monotonic()
 _longest = 0.0  # seconds of a test so far
+_some_done = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=float("inf"), help="no test begins that would end after that")
     parser.addoption("--rows", default=None, help="a file that gets every benchmark's row as it is measured")
     parser.addoption("--failures", default=None, help="a file that gets the name of every test that fails")
-    parser.addoption("--done", default=None, help="results whose rows are not measured again")
+    parser.addoption("--done", default=None, help="names of tests that are not run again")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    path = config.getoption("--done")
-    if path and Path(path).exists():
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-        done = {row.get("test") for row in rows}
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    global _some_done
+    if path := config.getoption("--done"):
+        done = set(json.loads(Path(path).read_text(encoding="utf-8")))
+        there = [item for item in items if item.nodeid in done]
+        config.hook.pytest_deselected(items=there)
         items[:] = [item for item in items if item.nodeid not in done]
+        _some_done = bool(there)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if _some_done and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
 
 
 @pytest.hookimpl(wrapper=True)

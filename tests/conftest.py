@@ -26,7 +26,8 @@ GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("tri
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
 THREADS = 2
-# Files that take minutes: begun first, so that two processes (``make test``) end together.
+# Begun first: what takes minutes, so that two processes (``make test``) end together; and graphs, which a round on a
+# GPU must not miss for want of time.
 LONG = ("test_graphed.py", "test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py")
 
 if settings is not None:

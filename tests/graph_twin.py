@@ -21,12 +21,8 @@ INSIDE = {
 }
 
 
-class Recorder(TorchDispatchMode):
-    """Every operator that runs, with what it took and returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
+class Inside(TorchDispatchMode):
+    """Sees every operator that runs, those inside of the block's too."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -34,8 +30,19 @@ class Recorder(TorchDispatchMode):
             with self:
                 return INSIDE[func](*args, **kwargs)
         out = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, out))
+        self.see(func, args, kwargs, out)
         return out
+
+
+class Recorder(Inside):
+    """Every operator that runs, with what it took and returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def see(self, *call):
+        self.calls.append(call)
 
     @torch.no_grad()
     def replay(self):
@@ -83,20 +90,13 @@ class Twin:
         return replay, out
 
 
-class Apart(TorchDispatchMode):
+class Apart(Inside):
     """Refuses what a capture cannot hold, on tensors of the "meta" device: copies between it and the host. That the
     host reads nothing of it, PyTorch sees to."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in INSIDE:
-            with self:
-                return INSIDE[func](*args, **kwargs)
-        out = func(*args, **kwargs)
+    def see(self, func, args, kwargs, out):
         # A number in a tensor of the host's is passed to a kernel by value, unless it is copied.
         copies = func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.copy)
-        there = [t for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.is_meta or copies]
-        there = [t.device.type for t in there]
-        if len(set(there)) > 1:
+        seen = [t for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.is_meta or copies]
+        if len({t.device.type for t in seen}) > 1:
             raise AssertionError(f"{func} takes from one device to the other")
-        return out

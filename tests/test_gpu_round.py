@@ -78,6 +78,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     monkeypatch.setattr(gpu, "rates", lambda: {"copy_gb_per_s": 1000.0, "bf16_tflop_per_s": 100.0})
+    monkeypatch.setattr(gpu, "commit", lambda: "0" * 40)
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu.Round, "build", lambda self: "built")
     monkeypatch.setattr(gpu.Round, "test", lambda self: "1451 passed")
@@ -126,7 +127,14 @@ def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
     # What is there is not measured again.
     monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 0)})
     gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "1"])
-    assert "2 rows, 1 before; 2 passed" in results(out)["stages"]["steps"]["said"]
+    stage = results(out)["stages"]["steps"]
+    assert "2 rows, 1 before; 2 passed" in stage["said"] and stage["command"] == result["command"]
+    assert gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "1"]) == 0
+    assert "0 rows, 3 before" in results(out)["stages"]["steps"]["said"]
+    assert [row["what"] for row in results(out)["rows"]] == ["measured", "long", "late"]
+    # Of changed files nothing is there yet.
+    monkeypatch.setattr(gpu, "commit", lambda: f"{'0' * 40}-dirty")
+    assert gpu.Round(out, 1, 0.0).result["rows"] == []
 
 
 def test_what_is_not_reached_is_skipped(tmp_path):

@@ -190,8 +190,10 @@ def test_a_network_without_paths():
     results = []
     for graphed in (False, True):
         net, optimizer, work, state = build({"depth_per_block": 2, "channels": (6, 8)})
-        step = GraphedStep(net, optimizer, work, capturer=Twin(state)) if graphed else ordinary(work)
+        twin = Twin(state)
+        step = GraphedStep(net, optimizer, work, capturer=twin) if graphed else ordinary(work)
         results.append((train(step, net, optimizer, batches(6)), state()))
+    assert (twin.captures, twin.replays) == (1, 4)
     hold(results[1][0] + results[1][1], results[0][0] + results[0][1], 1e-10)
 
 

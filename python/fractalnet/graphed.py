@@ -1,9 +1,10 @@
 """Training steps as CUDA graphs: forward, loss, backward and optimizer are one launch.
 
-At the image sizes of CIFAR a GPU waits for the host, which launches hundreds of short kernels a step. A graph is a step
-that was recorded once and is launched whole. What a recorded step does cannot depend on the host any more, so there is
-one graph for each global column, in which that column alone runs, and one for all local steps, in which everything runs
-and the joins read their masks on the device: the sampled path chooses the graph and fills the masks.
+At the image sizes of CIFAR a step is hundreds of short kernels, and to launch them one by one may take the host longer
+than they take the GPU. A graph is a step that was recorded once and is launched whole. What a recorded step does cannot
+depend on the host any more, so there is one graph for each global column, in which that column alone runs, and one for
+all local steps, in which everything runs and the joins read their masks on the device: the sampled path chooses the
+graph and fills the masks.
 """
 
 from __future__ import annotations
@@ -120,8 +121,11 @@ class GraphedStep:
             ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
             part of it (counters, schedules, printing) would run when it is captured, and never again.
         warmup: ordinary steps of a kind before it is captured.
+        capturer: what records and replays; None: CUDA.
     Returns:
         ``step(x, y, path=None)`` returns the loss, a tensor of its own. Without a path one is sampled.
+    Raises:
+        ValueError: warmup is not a whole number >= 1.
     Memory:
         All graphs share one pool: as much as the largest step needs, beside what ordinary steps have cached.
     Source:
