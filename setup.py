@@ -63,8 +63,9 @@ def missing() -> str:
 def simd_targets(sources: list[str]) -> str:
     """The instruction sets that csrc/cpu has a translation unit for on this machine's architecture, by file name."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    names = [Path(source).stem.split("_")[-1] for source in sources]
-    return ",".join(n for n in names if n != "ops" and (x86 or not n.startswith(("avx", "sse"))))
+    stems = [Path(source).stem for source in sources]
+    names = [stem.removeprefix("kernels_") for stem in stems if stem.startswith("kernels_")]
+    return ",".join(n for n in names if x86 or not n.startswith(("avx", "sse")))
 
 
 def find_nvcc() -> str | None:

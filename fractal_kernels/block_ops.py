@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, sync, tiny_conv
+from . import backends, conv3x3, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
 from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
@@ -65,7 +65,7 @@ def _block_forward(
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
     training = mean is None
-    rows = Rows(weights, channels, path, dense, flags, x, group if training else "")
+    rows = Rows(weights, channels, path, dense, flags, x, group if training else "", backend)
     dtype = accumulate_dtype(x.dtype)
     count = x.new_zeros(units, dtype=dtype)
     if training:
@@ -85,10 +85,8 @@ def _block_forward(
             first, n = conv.group[0].id, len(conv.group)
             bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
             inputs, weight = conv.part(source), rows.weight(conv.group, weights)
-            if bias is None and tiny_conv.fits(inputs, weight):
-                y = tiny_conv.conv(inputs, weight)
-            else:
-                y = torch.conv2d(inputs, weight, bias, padding=1)
+            own = None if bias is not None else conv3x3.kernel(inputs, weight, backend)
+            y = own.conv(inputs, weight) if own else torch.conv2d(inputs, weight, bias, padding=1)
             if dropout and training:
                 y, noise = _aten.native_dropout(y, dropout, True)
                 noises.append(noise)
@@ -146,7 +144,7 @@ def _block_backward(
     """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
     launch = backends.launcher(backend)
     units, channels = mean.shape
-    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "")
+    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", backend)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)
@@ -213,12 +211,13 @@ def _block_backward(
             )
             if noise is not None:
                 dy = _aten.native_dropout_backward(dy, noise, 1.0 / (1.0 - dropout))
-            if not conv_bias and tiny_conv.fits(source, weight):
+            own_conv = None if conv_bias else conv3x3.kernel(source, weight, backend)
+            if own_conv:
                 if not dweights[row].numel() and not rows.several:
                     dweights[row] = torch.empty_like(weights[row])
                 there = dweights[row].numel() > 0
                 dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
-                dsource = tiny_conv.conv_backward(dy, source, weight, needs, dweight)
+                dsource = own_conv.conv_backward(dy, source, weight, needs, dweight)
             else:
                 sizes, want = ([dy.shape[1]] if conv_bias else None), [needs, True, conv_bias]
                 dsource, dweight, dbias = _aten.convolution_backward(

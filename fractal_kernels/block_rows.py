@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sync
+from . import cpu_conv, sync
 from .library import Flags, empty
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
@@ -27,9 +27,12 @@ def ranges_are_faster(x: Tensor, channels: int) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
 
 
-def wide_is_faster(in_channels: int) -> bool:
-    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
-    return in_channels < 128
+def wide_is_faster(in_channels: int, ours: bool) -> bool:
+    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py).
+
+    Ours do. The library's lose more than they win where they are wide anyway.
+    """
+    return ours or in_channels < 128
 
 
 class Segment(NamedTuple):
@@ -128,11 +131,20 @@ class Rows:
     """What forward and backward share: what runs, and where a unit's output, parameters and statistics are."""
 
     def __init__(
-        self, weights: list[Tensor], channels: int, path: Tensor, dense: bool, flags: int, x: Tensor, group: str
+        self,
+        weights: list[Tensor],
+        channels: int,
+        path: Tensor,
+        dense: bool,
+        flags: int,
+        x: Tensor,
+        group: str,
+        backend: str,
     ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.flags = len(weights), channels, flags
         self.inner_flags = flags & ~int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of all joins but the last
+        self.our_convs = cpu_conv.computes(x.dtype, channels, backend)
         self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)
         self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
@@ -156,7 +168,7 @@ class Rows:
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
-        wide = wide_is_faster(weights[row].shape[1])
+        wide = wide_is_faster(weights[row].shape[1], self.our_convs)
         if not self.several:
             units = self.segments[0].plan.live[row]
             return [Conv(0, self.batch, group, (0,)) for group in (runs(units) if wide else [(u,) for u in units])]

@@ -75,6 +75,15 @@ def test_plain_flags(case, backend):
         check(case, draw(case, layouts=[layout]), backend)
 
 
+@pytest.mark.parametrize("case", [case for case in TYPICAL if case.pool is None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_larger_than_the_caches(case, dtype, cpu_backend):
+    """What is written past the caches: whole vectors at aligned places, the rest as ever."""
+    shape = (9 if dtype == torch.float32 else 18, 64, 56, 56)
+    for name in ("channels_last", "contiguous", "channel_slice"):
+        check(case, draw(case, dtype, shape, [name], grad_layout="channels_last"), cpu_backend)
+
+
 @pytest.mark.parametrize("k", range(1, 9))
 @pytest.mark.parametrize("mask", ["none", "batch", "sample"])
 def test_number_of_branches(k, mask, backend):

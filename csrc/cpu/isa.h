@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "conv.h"
 #include "job.h"
 
 namespace fractal::cpu {
@@ -9,6 +10,7 @@ namespace fractal::cpu {
 struct Isa {
   const char* name;
   RunFn run;
+  const ConvKernels* conv;  // null: none for this set
 };
 
 std::vector<Isa> supported_isas();  // of this machine, widest first

@@ -29,6 +29,7 @@ struct Job {
   const void *mean, *scale, *shift;
   const void *offset, *slope;  // apply: dy = scale*dz + offset + slope*(y - mean)
   bool flat;                   // channels_last without per-channel parameters or gaps: a unit is one long row
+  bool past_caches;            // outputs are aligned and too large to be found in a cache by who reads them next
   int64_t unit_rows, units_per_sample, units;
   int64_t row_block;  // channels_last with parameters: rows that are taken together, one vector of channels at a time
 

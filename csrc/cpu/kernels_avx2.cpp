@@ -3,8 +3,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -12,6 +14,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#include "conv.h"
 #include "job.h"  // under the target: a template takes that of its definition
 
 #define FRACTAL_VEC_BYTES 32
@@ -21,6 +24,7 @@ namespace fractal::cpu::avx2 {
 namespace {
 #include "vec.h"
 }  // namespace
+#include "conv.inc"
 #include "kernels.inc"
 }  // namespace fractal::cpu::avx2
 

@@ -3,8 +3,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,fma,f16c"))), \
@@ -13,6 +15,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi2,fma,f16c")
 #endif
+#include "conv.h"
 #include "job.h"  // under the target: a template takes that of its definition
 
 #define FRACTAL_VEC_BYTES 64
@@ -22,6 +25,7 @@ namespace fractal::cpu::avx512 {
 namespace {
 #include "vec.h"
 }  // namespace
+#include "conv.inc"
 #include "kernels.inc"
 }  // namespace fractal::cpu::avx512
 

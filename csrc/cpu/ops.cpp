@@ -27,7 +27,7 @@ constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for 
 constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
 constexpr int64_t kBlockRows = 128;    // pixels of a partial of a reduction, so that merging stays a small part of it
 constexpr int64_t kMaxBlocks = 256;
-constexpr int64_t kCacheBytes = 16 << 20;  // tensors up to this size together are taken to be in a cache
+constexpr int64_t kPastCaches = 24 << 20;  // tensors of this size together are taken to leave none of the output in one
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -80,11 +80,7 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
     job.units_per_sample = job.Ho;
   else
     job.units_per_sample = (job.Wo + job.unit_rows - 1) / job.unit_rows;
-  // Rows together save most of the loads of parameters, but do not read in order, which costs more where the tensors
-  // come from memory and a row is longer than two cache lines.
-  const int64_t tensors = kernel == Kernel::kApply ? 2 * k + 1 : k + 1;
-  const bool cached = job.N * job.H * job.W * bytes * tensors <= kCacheBytes;
-  job.row_block = bytes <= 128 ? 16 : cached ? 8 : 1;
+  job.row_block = bytes <= 128 ? 16 : 8;
   job.units = job.Wo * job.Ho == 0 ? 0 : job.N * job.units_per_sample;
   return job;
 }
@@ -105,12 +101,29 @@ void parallel(const Job& job, int64_t items, const F& f) {
   torch::stable::parallel_for(0, items, std::max<int64_t>(1, kGrain / per_item), f);
 }
 
+// A store to memory that is not in a cache reads it first; past the caches it does not.
+bool past_caches(const Job& job, const View* outputs, int count) {
+  const int64_t element = job.dtype == DType::kDouble ? 8 : job.dtype == DType::kFloat ? 4 : 2;
+  const int64_t tensors = count + (job.reads_y ? job.k : 0) + (job.kernel == Kernel::kApply ? 1 : 0);
+  if (job.pool || job.N * job.C * job.W * element * tensors < kPastCaches) return false;
+  constexpr int64_t kAlign = 64;
+  for (int b = 0; b < count; ++b) {
+    const View& v = outputs[b];
+    if (reinterpret_cast<uintptr_t>(v.data) % kAlign) return false;
+    for (int64_t stride : {job.N > 1 ? v.n : 0, job.channels_last ? v.w : v.c})
+      if (stride * element % kAlign) return false;
+  }
+  return true;
+}
+
 void run_units(Job& job) {
   job.flat = job.channels_last && !job.pool && job.mean == nullptr && job.out.w == job.C;
   for (int b = 0; b < job.k; ++b) {
     job.flat &= !job.reads_y || job.y[b].w == job.C;
     job.flat &= job.kernel == Kernel::kForward || job.dy[b].w == job.C;
   }
+  const bool forward = job.kernel == Kernel::kForward;
+  job.past_caches = past_caches(job, forward ? &job.out : job.dy, forward ? 1 : job.k);
   const RunFn run = select_run();
   parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, nullptr); });
 }
@@ -319,10 +332,10 @@ std::vector<Isa> supported_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    list.push_back({"avx512", avx512::run});
-  if (avx2) list.push_back({"avx2", avx2::run});
+    list.push_back({"avx512", avx512::run, &avx512::conv_kernels});
+  if (avx2) list.push_back({"avx2", avx2::run, &avx2::conv_kernels});
 #endif
-  list.push_back({"baseline", baseline::run});
+  list.push_back({"baseline", baseline::run, nullptr});
   return list;
 }
 

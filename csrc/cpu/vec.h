@@ -115,6 +115,12 @@ FRACTAL_HD void store(f16* p, Vec<float> v) {
 }
 #endif
 
+// Reads p into the second cache; where p may not be read, nothing happens.
+template <class T>
+FRACTAL_HD void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // n lanes of a row whose elements are Stride apart; the lanes past n are zero. The general case is kept out of line:
 // inlined at every site it multiplies the code.
 template <int Stride, class T>
@@ -176,10 +182,33 @@ FRACTAL_HD Vec<typename AccOf<T>::type> load_lanes(const T* p, int n) {
   return n == kLanes<typename AccOf<T>::type> ? load(p) : load_first(p, n);
 }
 
+// A whole vector to memory past the caches; p is aligned to its bytes.
+template <class T, class V>
+FRACTAL_HD void store_past(T* p, V v) {
+  T lanes[sizeof(V) / sizeof(v[0])];
+  store(lanes, v);
+#if FRACTAL_VEC_BYTES == 64
+  if (sizeof lanes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_loadu_si512(lanes));
+#endif
+#if FRACTAL_VEC_BYTES >= 32
+  if (sizeof lanes == 32) return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)lanes));
+  _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)lanes));
+#else
+  __builtin_memcpy(p, lanes, sizeof lanes);
+#endif
+}
+
+FRACTAL_HD void fence_stores() {  // what was stored past the caches is seen by whoever this thread signals next
+#if FRACTAL_VEC_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 template <int Stride, class T, class V>
-FRACTAL_HD void store_lanes(T* p, V v, int n) {
+FRACTAL_HD void store_lanes(T* p, V v, int n, bool past = false) {
   if (Stride != 1) return scatter_lanes<Stride>(p, v, n);
-  return n == kLanes<typename AccOf<T>::type> ? store(p, v) : store_first(p, v, n);
+  if (n != kLanes<typename AccOf<T>::type>) return store_first(p, v, n);
+  return past ? store_past(p, v) : store(p, v);
 }
 
 template <class A>

@@ -1,0 +1,206 @@
+// The launchers of the 3x3 convolution (conv.h): checks what the kernels rely on and cuts the work.
+#include "conv.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+
+namespace fractal::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kBlockFloats = 8192;  // of the inputs of a block at one of its points: they stay in the second cache
+constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient: they stay in the third
+constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
+constexpr int64_t kMaxParts = 32;
+
+struct Free {
+  std::vector<std::pair<int64_t, float*>> list;  // as many as were in use at once
+  ~Free() {
+    for (auto& [size, data] : list) release(data);
+  }
+  static void release(float* data) { ::operator delete(data, std::align_val_t(64)); }
+};
+thread_local Free free_buffers;
+
+// A float32 tensor [N, C, H, W] whose channels are innermost, without gaps.
+float* dense(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4, "conv3x3: expected ", name,
+                  " float32 of 4 dimensions");
+  int64_t stride = 1;
+  for (int64_t d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == stride, "conv3x3: expected ", name, " dense in channels_last");
+    stride *= t.size(d);
+  }
+  return static_cast<float*>(t.data_ptr());
+}
+
+// Where transforms cost more than they save; measured: benchmarks/bench_conv.py.
+bool few_channels(int64_t in, int64_t out) { return in < 16 || (in == 16 && out <= 32); }
+
+Conv make_conv(const Tensor& x, int64_t in, int64_t out) {
+  STD_TORCH_CHECK(in > 0 && (in % kLine == 0 || few_channels(in, out)) && out > 0 && out % kLine == 0,
+                  "conv3x3: expected channels in multiples of ", kLine, ", got ", in, " and ", out);
+  Conv conv{};
+  conv.N = x.size(0), conv.H = x.size(2), conv.W = x.size(3);
+  conv.in = in, conv.out = out;
+  conv.across = (conv.W + 1) / 2;
+  conv.tiles = conv.N * ((conv.H + 1) / 2) * conv.across;
+  return conv;
+}
+
+const ConvKernels& kernels() {
+  const ConvKernels* found = selected_isa().conv;
+  STD_TORCH_CHECK(found != nullptr, "conv3x3: no kernel for this processor's instruction set");
+  return *found;
+}
+
+template <class F>
+void parallel(int64_t items, const F& f) {
+  if (items > 0) torch::stable::parallel_for(0, items, 1, f);
+}
+
+int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+Direct make_direct(const Conv& conv) {
+  Direct job{};
+  job.N = conv.N, job.H = conv.H, job.W = conv.W, job.in = conv.in, job.out = conv.out;
+  job.x = conv.x, job.y = conv.y;
+  job.pitch = (job.W + 2 + kRowsOfBlock) * job.in;
+  job.band = std::clamp<int64_t>(kBandFloats / std::max<int64_t>(job.pitch, 1) - 2, 1, 8);
+  job.bands = (job.H + job.band - 1) / job.band;
+  return job;
+}
+
+void direct(const ConvKernels& k, const Conv& conv, const float* w, bool turned) {
+  const Direct job = make_direct(conv);
+  const Buffer u(9 * job.in * job.out);
+  k.direct_weights(w, turned ? job.in : job.out, turned ? job.out : job.in, turned, u.data);
+  parallel(job.N * job.bands, [&](int64_t begin, int64_t end) { k.direct_forward(job, u.data, begin, end); });
+}
+
+void direct_weight(const ConvKernels& k, const Conv& conv, const float* grad, float* dw) {
+  Direct job = make_direct(conv);
+  job.grad = grad;
+  job.sum_row = round_up(3 * job.in, kLine);
+  job.parts = std::clamp<int64_t>(job.N * job.bands / 4, 1, kMaxParts);
+  const Buffer sums(job.parts * 3 * job.out * job.sum_row);
+  job.sums = sums.data;
+  parallel(job.parts, [&](int64_t begin, int64_t end) { k.direct_gradient(job, begin, end); });
+  parallel(job.out, [&](int64_t begin, int64_t end) { k.direct_sum(job, dw, begin, end); });
+}
+
+// y = conv(x, weight [out, in, 3, 3]); turned: y, of `in` channels, is the gradient of x, from the gradient of y.
+void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  Conv conv = make_conv(x, turned ? out : in, turned ? in : out);
+  STD_TORCH_CHECK(x.size(1) == conv.in && y.size(1) == conv.out && y.size(0) == conv.N && y.size(2) == conv.H &&
+                      y.size(3) == conv.W && weight.size(2) == 3 && weight.size(3) == 3,
+                  "conv3x3: shapes of y, x and weight do not agree");
+  conv.x = dense("x", x), conv.y = dense("y", y);
+  const float* w = dense("weight", weight);
+  if (conv.tiles == 0) return;
+  const ConvKernels& k = kernels();
+  if (few_channels(conv.in, conv.out)) return direct(k, conv, w, turned);
+  const Buffer u(kPoints * in * out);
+  parallel(conv.out / kLine,
+           [&](int64_t begin, int64_t end) { k.weights(w, out, in, turned, u.data, begin * kLine, end * kLine); });
+  // Large blocks read the weights less often, but every thread is to have as many; the cut does not change a sum.
+  const int64_t largest = std::clamp<int64_t>(kBlockFloats / conv.in, 32, 256),
+                threads = torch::stable::get_num_threads();
+  conv.blocks = std::min(round_up((conv.tiles - 1) / largest + 1, threads), (conv.tiles - 1) / kRowsOfBlock + 1);
+  conv.block = round_up((conv.tiles - 1) / conv.blocks + 1, kRowsOfBlock) + kRowsOfBlock;
+  parallel(conv.blocks, [&](int64_t begin, int64_t end) { k.forward(conv, u.data, begin, end); });
+}
+
+// Adds up the products of tiles [begin, end) in job.sums, a pass at a time.
+template <class Parallel>
+void sum_tiles(const ConvKernels& k, WeightGradient job, int64_t begin, int64_t end, const Parallel& run) {
+  const int64_t block = std::max<int64_t>(std::min(job.x.block, end - begin), 1);
+  job.x.block = block;
+  const Buffer inputs(kPoints * k.plane(block, job.x.in)), grads(kPoints * k.plane(block, job.columns));
+  job.inputs = inputs.data, job.grads = grads.data, job.first = begin, job.add = false;
+  do {  // once where there are no tiles: the sums are zero
+    job.count = std::min(block, end - job.first);
+    run(job.count, [&](int64_t b, int64_t e) { k.gradient_tiles(job, b, e); });
+    run(kPoints * ((job.columns + kGroup - 1) / kGroup), [&](int64_t b, int64_t e) { k.gradient_product(job, b, e); });
+    job.first += block, job.add = true;
+  } while (job.first < end);
+}
+
+// dweight [out, in, 3, 3], from x and the gradient of the output. One pass after another over all tiles; or the sum
+// over parts of the batch, each of one thread. The cut depends on shapes only.
+void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
+  const int64_t out = dweight.size(0), in = dweight.size(1);
+  WeightGradient job{};
+  job.x = make_conv(x, in, out), job.columns = out;
+  STD_TORCH_CHECK(x.size(1) == in && grad.size(1) == out && grad.size(0) == job.x.N && grad.size(2) == job.x.H &&
+                      grad.size(3) == job.x.W && dweight.size(2) == 3 && dweight.size(3) == 3,
+                  "conv3x3_weight: shapes of dweight, x and grad do not agree");
+  job.x.x = dense("x", x), job.grad = dense("grad", grad);
+  float* dw = dense("dweight", dweight);
+  const ConvKernels& k = kernels();
+  if (few_channels(in, out)) return direct_weight(k, job.x, job.grad, dw);
+  const int64_t tiles = job.x.tiles, size = kPoints * in * out, floats = kPoints * (in + out);
+  // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer.
+  const int64_t most = std::min(tiles * floats / (8 * size), kMaxParts);
+  for (job.parts = 1; 2 * job.parts <= most;) job.parts *= 2;
+  const Buffer sums(job.parts * size);
+  job.sums = sums.data;
+  if (job.parts == 1) {
+    job.x.block = std::max<int64_t>(kPassFloats / floats, 64);
+    sum_tiles(k, job, 0, tiles, [](int64_t items, const auto& f) { parallel(items, f); });
+  } else {
+    job.x.block = kBlockFloats * kPoints / floats;
+    parallel(job.parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        WeightGradient own = job;
+        own.sums += part * size;
+        sum_tiles(k, own, tiles * part / job.parts, tiles * (part + 1) / job.parts,
+                  [](int64_t items, const auto& f) { f(0, items); });
+      }
+    });
+  }
+  parallel(out, [&](int64_t begin, int64_t end) { k.gradient_weights(job, dw, begin, end); });
+}
+
+}  // namespace
+
+Buffer::Buffer(int64_t size) : data(nullptr), size_(size) {
+  auto& list = free_buffers.list;
+  if (!list.empty()) {  // the smallest that is large enough, or the largest
+    auto best = list.begin();
+    for (auto it = best; it != list.end(); ++it)
+      if (best->first < size ? it->first > best->first : it->first >= size && it->first < best->first) best = it;
+    if (best->first >= size)
+      size_ = best->first, data = best->second;
+    else
+      Free::release(best->second);
+    list.erase(best);
+  }
+  if (data == nullptr) data = static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)));
+}
+
+Buffer::~Buffer() { free_buffers.list.emplace_back(size_, data); }
+
+}  // namespace fractal::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fractal_kernels_cpu, m) {
+  m.def("conv3x3(Tensor(a!) y, Tensor x, Tensor weight, bool turned) -> ()");
+  m.def("conv3x3_weight(Tensor(a!) dweight, Tensor x, Tensor grad) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fractal_kernels_cpu, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&fractal::cpu::conv3x3));
+  m.impl("conv3x3_weight", TORCH_BOX(&fractal::cpu::conv3x3_weight));
+}

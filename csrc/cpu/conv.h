@@ -1,0 +1,96 @@
+// A 3x3 convolution with padding 1 in float32 and its gradients: as defined where there are few channels, else by
+// Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), 16 products where the definition has 36. Filled in
+// conv.cpp, executed by the SIMD translation units. Images are [N, H, W, channels].
+#pragma once
+#include <cstdint>
+
+namespace fractal::cpu {
+
+constexpr int kPoints = 16;
+constexpr int64_t kRowsOfBlock = 8;  // a block of tiles is a multiple, but for the last
+
+// Winograd. A tile is 2x2 output pixels and the 4x4 input pixels under it; 16 is the number of its points after the
+// transform, and everything between the transforms is 16 matrix products.
+struct Conv {
+  int64_t N, H, W;
+  int64_t in, out;        // channels of the product: of what is read and of what is written
+  const float* x;         // [N, H, W, in]
+  float* y;               // [N, H, W, out]
+  int64_t across, tiles;  // tiles of a row of an image, of the batch
+  int64_t block;          // tiles that are taken together, at most
+  int64_t blocks;         // of the forward: into how many the tiles are cut
+};
+
+struct WeightGradient {
+  Conv x;                 // in = C_in
+  const float* grad;      // [N, H, W, C_out]
+  int64_t columns;        // C_out
+  int64_t first, count;   // the tiles of this pass
+  bool add;               // to the sums of an earlier pass
+  float *inputs, *grads;  // transformed: [16][block][C_in + pad], [16][block][C_out + pad]
+  float* sums;            // [parts][16][C_out][C_in]
+  int64_t parts;
+};
+
+// As defined: a few rows of an image at a time, copied between zeros.
+struct Direct {
+  int64_t N, H, W, in, out;
+  const float* x;       // [N, H, W, in]
+  const float* grad;    // [N, H, W, out]
+  float* y;             // [N, H, W, out]
+  int64_t band, bands;  // rows that are taken together; how many times in an image
+  int64_t pitch;        // floats of a row of the copy
+  float* sums;          // [parts][out][3][sum_row]
+  int64_t parts, sum_row;
+};
+
+// Uninitialised floats, aligned to a cache line. A thread keeps those that it is done with for its next convolution:
+// memory fresh from the system costs more than the transform that fills it.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data;
+
+ private:
+  int64_t size_;
+};
+
+// Panels are two vectors of channels, or one where there are no more.
+struct ConvKernels {
+  int64_t (*plane)(int64_t rows, int64_t channels);  // floats of a plane of transformed values
+  // Transformed weights, [out / panel][16][in][panel], of output channels [begin, end) of w [out, 3, 3, in]; of the
+  // gradient of x (`turned`), [in / panel][16][out][panel], of input channels [begin, end).
+  void (*weights)(const float* w, int64_t out, int64_t in, bool turned, float* u, int64_t begin, int64_t end);
+  void (*forward)(const Conv& conv, const float* u, int64_t begin, int64_t end);    // blocks of tiles
+  void (*gradient_tiles)(const WeightGradient& job, int64_t begin, int64_t end);    // tiles of the pass
+  void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
+  void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
+
+  void (*direct_weights)(const float* w, int64_t out, int64_t in, bool turned, float* u);
+  void (*direct_forward)(const Direct& job, const float* u, int64_t begin, int64_t end);  // items: bands of the batch
+  void (*direct_gradient)(const Direct& job, int64_t begin, int64_t end);                 // parts
+  void (*direct_sum)(const Direct& job, float* dw, int64_t begin, int64_t end);           // output channels
+};
+
+constexpr int64_t kLine = 16;   // floats of a cache line; channels are a multiple
+constexpr int64_t kGroup = 64;  // output channels of an item of gradient_product
+
+// The first tile of block b.
+static inline int64_t first_tile(const Conv& c, int64_t b) {
+  const int64_t tile = (c.tiles + kRowsOfBlock - 1) / kRowsOfBlock * b / c.blocks * kRowsOfBlock;
+  return tile < c.tiles ? tile : c.tiles;
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+extern const ConvKernels conv_kernels;
+}
+namespace avx512 {
+extern const ConvKernels conv_kernels;
+}
+#endif
+
+}  // namespace fractal::cpu

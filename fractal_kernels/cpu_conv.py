@@ -1,0 +1,62 @@
+"""3x3 convolution, padding 1, in float32 on the CPU (csrc/cpu/conv.h): forward and both gradients.
+
+By Winograd's minimal filtering, F(2x2, 3x3): 16 products where the definition has 36; as defined where there are few
+channels. Measured against the library's convolution: benchmarks/bench_conv.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+__all__ = ["computes", "conv", "conv_backward", "fits"]
+
+_aten = torch.ops.aten
+_OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
+
+
+@cache
+def _compiled() -> bool:
+    module = backends.extension()[0]
+    return module is not None and module.simd_in_use() != "baseline"
+
+
+def computes(dtype: torch.dtype, channels: int, backend: str) -> bool:
+    """Whether a convolution of this dtype to this many channels is here, if its operands are in channels_last."""
+    return backend == "cpu" and dtype == torch.float32 and channels % 16 == 0 and _compiled()
+
+
+def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether this case is here; an image has up to 16 channels or a multiple of them."""
+    return (
+        computes(x.dtype, weight.shape[0], backend)
+        and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and weight.permute(0, 2, 3, 1).is_contiguous()
+    )
+
+
+def conv(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).permute(0, 3, 1, 2)
+    _OPS.conv3x3.default(y, x, weight, False)
+    return y
+
+
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor) -> Tensor | None:
+    """The gradient of x; the weight's is written into ``dweight``, a tensor or slice in the weight's layout."""
+    _OPS.conv3x3_weight.default(dweight, x, grad)
+    if not needs_x:
+        return None
+    if x.shape[1] % 16:
+        one, none = [1, 1], [0, 0]
+        of_x: Tensor = _aten.convolution_backward(
+            grad, x, weight, None, one, one, one, False, none, 1, [True, False, False]
+        )[0]
+        return of_x
+    dx = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).permute(0, 3, 1, 2)
+    _OPS.conv3x3.default(dx, grad, weight, True)
+    return dx

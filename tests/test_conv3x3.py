@@ -1,0 +1,207 @@
+"""The 3x3 convolutions of the CPU backend against the definition in fp64, alone and on the block's path."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+
+import fractalnet
+import pytest
+import torch
+from test_backends import machine_has, python
+
+from fractal_kernels import conv3x3, cpu_conv, tiny_conv
+
+TOLERANCE = 3e-6  # of the largest value: 2**-24 for every operand, times the growth of sums and transforms
+# batch, input channels, output channels, height, width
+SHAPES = [
+    (0, 16, 32, 4, 4),
+    (1, 32, 16, 1, 1),
+    (3, 16, 48, 2, 3),
+    (2, 48, 16, 5, 4),
+    (2, 80, 112, 3, 1),
+    (5, 64, 128, 9, 8),
+    (3, 256, 96, 7, 7),
+    (2, 512, 512, 2, 2),
+    (33, 32, 16, 17, 15),  # the gradient of the weight in parts
+    (50, 48, 32, 13, 16),
+    (0, 3, 16, 4, 4),  # from here on: few channels
+    (2, 1, 16, 1, 1),
+    (1, 3, 48, 9, 5),
+    (3, 13, 16, 2, 3),
+    (40, 16, 32, 17, 15),
+    (2, 16, 16, 40, 70),
+]
+TINY = [(16, 256, 32, 2, 2), (1, 300, 7, 2, 2), (5, 256, 256, 2, 2)]
+
+
+@pytest.fixture
+def cpu_conv_here(cpu_backend):
+    from fractal_kernels import _C
+
+    if _C.simd_in_use() == "baseline":
+        pytest.skip("this processor has neither AVX2 nor AVX-512")
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def operands(n, c, k, h, w):
+    """x, the second half of a wide weight, the gradient of the output."""
+    torch.manual_seed(0)
+    wide = torch.randn(2 * k, 3, 3, c).permute(0, 3, 1, 2)
+    return images(n, c, h, w), wide[k:], images(n, k, h, w)
+
+
+def against_the_definition(kernel, n, c, k, h, w):
+    x, weight, grad = operands(n, c, k, h, w)
+    x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    y64 = torch.conv2d(x64, w64, padding=1)
+    dx64, dw64 = torch.autograd.grad(y64, (x64, w64), grad.double())
+    full = torch.full((2 * k, 3, 3, c), float("nan")).permute(0, 3, 1, 2)
+    y, dx = kernel.conv(x, weight), kernel.conv_backward(grad, x, weight, True, full[k:])
+    for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k:], dw64)):
+        assert got.shape == want.shape
+        error = (got - want.detach()).abs().max().item() if want.numel() else 0.0
+        assert error <= TOLERANCE * (want.abs().max().item() if want.numel() else 0.0), (name, error)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert bool(full[:k].isnan().all())  # nothing outside its slice
+    again = torch.empty_like(weight)
+    assert kernel.conv_backward(grad, x, weight, False, again) is None
+    assert torch.equal(again, full[k:])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+def test_on_the_cpu(shape, cpu_conv_here):
+    against_the_definition(cpu_conv, *shape)
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda s: "-".join(map(str, s)))
+def test_tiny(shape):
+    assert tiny_conv.fits(*operands(*shape)[:2], "cpu")
+    against_the_definition(tiny_conv, *shape)
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_any_size(seed, cpu_conv_here):
+    draw = random.Random(seed).randint
+    channels = draw(1, 15) if seed % 3 == 0 else 16 * draw(1, 6)
+    against_the_definition(cpu_conv, draw(0, 5), channels, 16 * draw(1, 6), draw(1, 11), draw(1, 11))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
+def test_number_of_threads_changes_no_bit(shape, cpu_conv_here):
+    x, weight, grad = operands(*shape)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            dweight = torch.empty_like(weight)
+            dx = cpu_conv.conv_backward(grad, x, weight, shape[1] % 16 == 0, dweight)  # else the library's
+            results.append([cpu_conv.conv(x, weight), dweight, *([] if dx is None else [dx])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize(("c", "k"), [(16, 16), (32, 32)])
+def test_pixels_outside_the_image_are_zeros(c, k, cpu_conv_here):
+    """Also where their neighbours in memory are not numbers."""
+    n, h, w = 3, 5, 5
+    x, weight, grad = operands(n, c, k, h, w)
+    x[0], x[2], grad[0], grad[2] = (float("nan"),) * 4
+    for got, want in (
+        (cpu_conv.conv(x, weight)[1:2], cpu_conv.conv(x[1:2], weight)),
+        (
+            cpu_conv.conv_backward(grad, x, weight, True, torch.empty_like(weight))[1:2],
+            cpu_conv.conv_backward(grad[1:2], x[1:2], weight, True, torch.empty_like(weight)),
+        ),
+    ):
+        assert torch.equal(got, want)
+
+
+def test_fits_only_where_it_was_measured(cpu_conv_here):
+    def weight(k, c):
+        return torch.randn(k, 3, 3, c).permute(0, 3, 1, 2)
+
+    x = images(2, 256, 2, 2)
+    assert conv3x3.kernel(x, weight(4, 256), "cpu") is tiny_conv
+    assert conv3x3.kernel(images(2, 32, 4, 4), weight(16, 32), "cpu") is cpu_conv
+    assert conv3x3.kernel(images(2, 3, 4, 4), weight(16, 3), "cpu") is cpu_conv
+    for other_x, other_weight, backend in (
+        (images(2, 32, 4, 4), weight(16, 32), "reference"),
+        (x, weight(4, 256), "reference"),
+        (x.contiguous(), weight(16, 256), "cpu"),
+        (x, weight(16, 256).contiguous(), "cpu"),
+        (x.double(), weight(16, 256).double(), "cpu"),
+        (x.bfloat16(), weight(16, 256).bfloat16(), "cpu"),
+        (images(2, 32, 4, 4), weight(20, 32), "cpu"),
+        (images(2, 36, 4, 4), weight(16, 36), "cpu"),
+    ):
+        assert conv3x3.kernel(other_x, other_weight, backend) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x, w, y: (y, x[:, :, :-1], w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y[:1], x, w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y, x, w[..., :2]), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y, x.double(), w), "expected x float32 of 4 dimensions"),
+        (lambda x, w, y: (y.contiguous(), x, w), "expected y dense in channels_last"),
+        (lambda x, w, y: (y, x, w.contiguous()), "expected weight dense in channels_last"),
+        (
+            lambda x, w, y: (y, images(2, 24, 4, 4), torch.randn(32, 3, 3, 24).permute(0, 3, 1, 2)),
+            "expected channels in multiples of 16, got 24 and 32",
+        ),
+    ],
+)
+def test_wrong_operands_are_refused(wrong, words, cpu_conv_here):
+    x, weight, y = images(2, 16, 4, 4), torch.randn(32, 3, 3, 16).permute(0, 3, 1, 2), images(2, 32, 4, 4)
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        torch.ops.fractal_kernels_cpu.conv3x3(*wrong(x, weight, y), False)
+    with pytest.raises(RuntimeError, match="shapes of dweight, x and grad do not agree"):
+        torch.ops.fractal_kernels_cpu.conv3x3_weight(weight, x, y[:1])
+
+
+@pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((256, 256), 4)])
+def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_backend):
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 3, widths, image_size=size)
+    x, generator = torch.randn(6, 3, size, size), torch.Generator().manual_seed(0)
+    used, choose = [], conv3x3.kernel
+    for _ in range(4):
+        path, grads = net.sample_path(6, generator), []
+        for choice in (lambda *a: used.append(choose(*a)) or used[-1], lambda *_: None):
+            with monkeypatch.context() as patch:
+                patch.setattr(conv3x3, "kernel", choice)
+                net.zero_grad()
+                net(x, path=path).square().sum().backward()
+                grads.append([p.grad.clone() for p in net.parameters()])
+        for a, b in zip(*grads, strict=True):
+            assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+    assert any(used)
+
+
+CHECK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_conv3x3 as t
+fits = t.cpu_conv.fits(*t.operands(2, 32, 16, 5, 4)[:2], "cpu")
+for shape in t.SHAPES if fits else []:
+    t.against_the_definition(t.cpu_conv, *shape)
+from fractal_kernels import _C
+print("checked with", _C.simd_in_use(), fits)
+"""
+
+
+@pytest.mark.parametrize(("isa", "fits"), [("baseline", False), ("avx2", True), ("avx512", True)])
+def test_instruction_sets(isa, fits, cpu_backend):
+    if not machine_has(isa):
+        pytest.skip(f"this machine has no {isa}: PyTorch sees {torch.backends.cpu.get_cpu_capability()}")
+    done = python(CHECK, os.path.dirname(__file__), FRACTAL_CPU_ISA=isa)
+    assert done.returncode == 0 and done.stdout == f"checked with {isa} {fits}\n", done.stdout + done.stderr[-3000:]
