@@ -1,18 +1,21 @@
-"""Convolutions of a block's rows: one wide against one by one, and products of slices against the library at 2x2.
+"""Convolutions of a block's rows: ours against the library's, one wide against one by one.
 
-The figures behind `wide_is_faster` in fractal_kernels/block_ops.py and `fits` in fractal_kernels/tiny_conv.py.
+The figures behind `few_channels` in csrc/cpu/conv.cpp, `fits` in fractal_kernels/tiny_conv.py and cpu_conv.py, and
+`wide_is_faster` in fractal_kernels/block_rows.py. Every figure is of forward and backward, without the gradient of an
+image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.compare import hold_together
-from fractal_kernels import tiny_conv
+from fractal_kernels import cpu_conv, tiny_conv
 
 ROUNDS = 15
 # batch, input channels, channels of a column, image size, columns that start at the row
@@ -27,22 +30,58 @@ ROWS = [
     (16, 256, 512, 4, 3),
     (16, 512, 512, 4, 2),
 ]
-TINY = [(16, 256, 512), (16, 512, 512), (50, 128, 128)]
+# batch, input channels, output channels, image size
+SHAPES = [
+    (50, 3, 16, 32),
+    (50, 3, 48, 32),
+    (50, 16, 16, 32),
+    (50, 16, 32, 32),
+    (50, 32, 32, 16),
+    (50, 64, 64, 8),
+    (50, 128, 128, 4),
+    (50, 128, 128, 2),
+    (16, 64, 64, 32),
+    (16, 128, 128, 16),
+    (16, 256, 256, 8),
+    (16, 512, 512, 4),
+    (16, 256, 512, 2),
+    (16, 512, 512, 2),
+    (1, 64, 64, 8),
+]
+
+
+class Library:
+    """PyTorch's convolution with the functions of ours."""
+
+    @staticmethod
+    def conv(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.conv2d(x, weight, padding=1)
+
+    @staticmethod
+    def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor) -> Tensor | None:
+        want, one, none = [needs_x, True, False], [1, 1], [0, 0]
+        dx: Tensor | None
+        dx, dw, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, one, one, one, False, none, 1, want)
+        dweight.copy_(dw)
+        return dx
+
+
+KERNELS: dict[str, ModuleType | type[Library]] = {"library": Library, "cpu_conv": cpu_conv, "tiny_conv": tiny_conv}
 
 
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    want = [needs_x, True, False]
-    one, none = [1, 1], [0, 0]
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, one, one, one, False, none, 1, want)
+def dash(values: tuple[int, ...]) -> str:
+    return "-".join(map(str, values))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(map(str, r)))
-def test_wide(compare: Callable[..., None], row: tuple[int, ...]) -> None:
-    """ "ours" is one wide conv, forward and backward; the baseline one conv per column, gradients gathered."""
+@pytest.mark.parametrize("row", ROWS, ids=dash)
+@pytest.mark.parametrize("name", ["library", "cpu_conv"])
+def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> None:
+    """ "ours" is one wide conv; the baseline one conv per column, gradients gathered."""
+    kernel = KERNELS[name]
     n, c, k, size, columns = row
     x, weight = channels_last(n, c, size, size), channels_last(columns * k, c, 3, 3)
     weights = weight.split(k)
@@ -51,47 +90,46 @@ def test_wide(compare: Callable[..., None], row: tuple[int, ...]) -> None:
     dweight = torch.empty_like(weight)
 
     def wide(_: int) -> Tensor:
-        torch.conv2d(x, weight, padding=1)
-        return backward(grad, x, weight, c > 3)[1]
+        kernel.conv(x, weight)
+        kernel.conv_backward(grad, x, weight, c > 3, dweight)
+        return dweight
 
     def separate(_: int) -> Tensor:
         for w in weights:
-            torch.conv2d(x, w, padding=1)
+            kernel.conv(x, w)
         total = None
         for w, g, out in zip(weights, grads, dweight.split(k), strict=True):
-            dx, dw, _none = backward(g, x, w, c > 3)
-            out.copy_(dw)
+            dx = kernel.conv_backward(g, x, w, c > 3, out)
             total = dx if total is None or c <= 3 else total.add_(dx)
         return dweight
 
-    hold_together("wide", [wide(0)], [separate(0)], 1e-4)
+    hold_together("wide", [wide(0).clone()], [separate(0)], 1e-4)
     compare(
         "conv",
-        f"one wide conv, batch {n}, {c} to {columns}x{k} channels, {size}x{size}",
+        f"{name}, one wide conv, batch {n}, {c} to {columns}x{k} channels, {size}x{size}",
         {"ours": wide, "separate": separate},
         ROUNDS,
     )
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda r: "-".join(map(str, r)))
-def test_tiny(compare: Callable[..., None], case: tuple[int, ...]) -> None:
-    n, c, k = case
-    x, weight, grad = channels_last(n, c, 2, 2), channels_last(k, c, 3, 3), channels_last(n, k, 2, 2)
+@pytest.mark.parametrize("case", SHAPES, ids=dash)
+@pytest.mark.parametrize("name", ["cpu_conv", "tiny_conv"])
+def test_conv(compare: Callable[..., None], name: str, case: tuple[int, ...]) -> None:
+    n, c, k, size = case
+    if name == "tiny_conv" and size != 2:
+        pytest.skip("tiny_conv is for 2x2 images")
+    x, weight, grad = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
     dweight = torch.empty_like(weight)
 
-    def ours(_: int) -> list[Tensor]:
-        y = tiny_conv.conv(x, weight)
-        dx = tiny_conv.conv_backward(grad, x, weight, True, dweight)
-        assert dx is not None
-        return [y, dx, dweight]
+    def call(kernel: ModuleType | type[Library]) -> list[Tensor]:
+        y = kernel.conv(x, weight)
+        dx = kernel.conv_backward(grad, x, weight, c > 3, dweight)
+        return [y, dweight, *([] if dx is None or c <= 3 else [dx])]
 
-    def library(_: int) -> list[Tensor]:
-        return [torch.conv2d(x, weight, padding=1), *backward(grad, x, weight)[:2]]
-
-    hold_together("tiny", ours(0), library(0), 1e-4)
+    hold_together("conv", [t.clone() for t in call(KERNELS[name])], call(Library), 1e-4)
     compare(
         "conv",
-        f"2x2 conv as products of slices, batch {n}, {c} to {k} channels",
-        {"ours": ours, "library": library},
+        f"{name}, batch {n}, {c} to {k} channels, {size}x{size}",
+        {"ours": lambda _: call(KERNELS[name]), "library": lambda _: call(Library)},
         ROUNDS,
     )
