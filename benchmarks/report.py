@@ -168,8 +168,8 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def run(output: Path, pytest_arguments: Sequence[str]) -> None:
-    """Runs the benchmarks; figures of a partial run (any further argument) are shown but not kept."""
+def run(output: Path | None, pytest_arguments: Sequence[str]) -> None:
+    """Runs the benchmarks; figures of a partial run (any further argument) are kept where ``output`` says only."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         arguments = [*PYTEST, *pytest_arguments]
@@ -177,9 +177,10 @@ def run(output: Path, pytest_arguments: Sequence[str]) -> None:
         if done.returncode:
             raise ReportError(f"pytest exited with {done.returncode}: no figures kept")
         result = condense(json.loads(raw.read_text()), shlex.join(["python", "-m", *arguments]))
-    if pytest_arguments:
-        print(f"partial run: {output.name} left as it is")
+    if output is None and pytest_arguments:
+        print("partial run: nothing kept; --output names a file for it")
         return
+    output = output or RESULTS / "cpu.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {output}")
@@ -252,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
-        "--run", action="store_true", help="run; further arguments go to pytest, and then nothing is kept"
+        "--run", action="store_true", help="run; further arguments go to pytest, and then only --output keeps"
     )
     action.add_argument("--write", action="store_true", help="write the README's tables, and plots")
     action.add_argument("--check", action="store_true", help="exit 1 when the README's tables are stale")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that --write and --check read")
-    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where --run keeps its figures")
+    parser.add_argument("--output", type=Path, help="where --run keeps its figures; results/cpu.json")
     options, further = parser.parse_known_args(argv)
     if further and not options.run:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
