@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, conv3x3, sync
+from . import backends, conv3x3, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
 from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
@@ -65,7 +65,8 @@ def _block_forward(
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
     training = mean is None
-    rows = Rows(weights, channels, path, dense, flags, x, group if training else "", backend)
+    our_convs = conv_bias is None and cpu_conv.computes(x.dtype, channels, backend)
+    rows = Rows(weights, channels, path, dense, flags, x, group if training else "", our_convs)
     dtype = accumulate_dtype(x.dtype)
     count = x.new_zeros(units, dtype=dtype)
     if training:
@@ -144,7 +145,8 @@ def _block_backward(
     """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
     launch = backends.launcher(backend)
     units, channels = mean.shape
-    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", backend)
+    our_convs = not conv_bias and cpu_conv.computes(x.dtype, channels, backend)
+    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", our_convs)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_conv, sync
+from . import sync
 from .library import Flags, empty
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
@@ -139,12 +139,12 @@ class Rows:
         flags: int,
         x: Tensor,
         group: str,
-        backend: str,
+        our_convs: bool,
     ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.flags = len(weights), channels, flags
         self.inner_flags = flags & ~int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of all joins but the last
-        self.our_convs = cpu_conv.computes(x.dtype, channels, backend)
+        self.our_convs = our_convs
         self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)
         self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)

@@ -23,7 +23,7 @@ _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 @cache
 def _compiled() -> bool:
     module = backends.extension()[0]
-    return module is not None and module.simd_in_use() != "baseline"
+    return module is not None and module.simd_in_use() != "baseline" and hasattr(_OPS, "conv3x3")
 
 
 def computes(dtype: torch.dtype, channels: int, backend: str) -> bool:

@@ -23,6 +23,7 @@ constexpr int64_t kBlockFloats = 8192;  // of the inputs of a block at one of it
 constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient: they stay in the third
 constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
 constexpr int64_t kMaxParts = 32;
+constexpr int64_t kKept = 1 << 24;  // floats of a buffer that a thread keeps, at most
 
 struct Free {
   std::vector<std::pair<int64_t, float*>> list;  // as many as were in use at once
@@ -191,7 +192,13 @@ Buffer::Buffer(int64_t size) : data(nullptr), size_(size) {
   if (data == nullptr) data = static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(64)));
 }
 
-Buffer::~Buffer() { free_buffers.list.emplace_back(size_, data); }
+Buffer::~Buffer() {
+  try {
+    if (size_ <= kKept) free_buffers.list.emplace_back(size_, data), data = nullptr;
+  } catch (...) {  // no memory for the list
+  }
+  if (data != nullptr) Free::release(data);
+}
 
 }  // namespace fractal::cpu
 

@@ -44,8 +44,8 @@ struct Direct {
   int64_t parts, sum_row;
 };
 
-// Uninitialised floats, aligned to a cache line. A thread keeps those that it is done with for its next convolution:
-// memory fresh from the system costs more than the transform that fills it.
+// Uninitialised floats, aligned to a cache line. A thread keeps those up to 64 MiB for its next convolution: memory
+// fresh from the system costs more than the transform that fills it.
 class Buffer {
  public:
   explicit Buffer(int64_t size);
