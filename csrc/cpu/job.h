@@ -7,6 +7,7 @@
 namespace fractal::cpu {
 
 enum class Kernel { kStats, kForward, kReduce, kApply };
+enum Param { kMean, kScale, kShift, kOffset, kSlope, kParams };  // of a channel of a branch
 enum class DType { kFloat, kDouble, kBFloat16, kHalf };
 
 // Without pooling, H = 1 and W is the number of pixels. Work is cut into units, the same for any number of threads:
@@ -24,14 +25,12 @@ struct Job {
   int64_t mask_k, mask_n;  // strides of the mask
   int64_t flags;           // of join.h
   bool reads_y;            // false for the backward of a plain mean: dy needs grad and mask only
-  // Accumulator type (float, or double for double), [k][C]; mean is null without normalisation, slope without batch
-  // statistics.
-  const void *mean, *scale, *shift;
-  const void *offset, *slope;  // apply: dy = scale*dz + offset + slope*(y - mean)
-  bool flat;                   // channels_last without per-channel parameters or gaps: a unit is one long row
-  bool past_caches;            // outputs are aligned and too large to be found in a cache by who reads them next
+  const void* params;      // [k][kParams][C] of accumulator type (float, or double for double); null: no normalisation
+  bool corrects;           // apply: dy = scale*dz + offset + slope*(y - mean), for batch statistics
+  bool flat;               // channels_last without per-channel parameters or gaps: a unit is one long row
+  bool past_caches;        // outputs are aligned and too large to be found in a cache by who reads them next
   int64_t unit_rows, units_per_sample, units;
-  int64_t row_block;  // channels_last with parameters: rows that are taken together, one vector of channels at a time
+  bool short_rows;  // channels_last: a row is so few vectors that their parameters are held for several rows
 
   FRACTAL_HD bool live(int b, int64_t n) const { return mask == nullptr || mask[b * mask_k + n * mask_n]; }
 };

@@ -2,6 +2,7 @@
 // it.
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "job.h"
 

@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t kUnitBytes = 16384;  // of one branch: a unit stays in L1 for the second pass of the statistics
 constexpr int64_t kGrain = 16384;      // elements of one branch that are worth a thread
 constexpr int64_t kBlockRows = 128;    // pixels of a partial of a reduction, so that merging stays a small part of it
-constexpr int64_t kMaxBlocks = 256;
+constexpr int64_t kMaxBlocks = 64;     // one thread merges them
+constexpr int64_t kShortRow = 128;     // bytes of a row of channels
 constexpr int64_t kPastCaches = 24 << 20;  // tensors of this size together are taken to leave none of the output in one
 
 DType dtype_of(const Tensor& t) {
@@ -71,6 +72,7 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
   }
   const int64_t bytes = std::max<int64_t>(1, job.C * static_cast<int64_t>(like.element_size()));
   job.unit_rows = std::max<int64_t>(1, kUnitBytes / bytes);
+  job.short_rows = bytes <= kShortRow;
   bool one_axis = kernel == Kernel::kStats && channels_last && job.mask_n == 0;
   for (int b = 0; b < job.k; ++b) one_axis &= job.N == 1 || job.y[b].n == job.W * job.y[b].w;
   if (one_axis) job.W = job.Wo = job.N * job.W, job.N = 1;  // samples follow each other: longer units
@@ -80,7 +82,6 @@ Job make_job(Kernel kernel, const Tensor& like, Geometry g, const Tensors& ys, i
     job.units_per_sample = job.Ho;
   else
     job.units_per_sample = (job.Wo + job.unit_rows - 1) / job.unit_rows;
-  job.row_block = bytes <= 128 ? 16 : 8;
   job.units = job.Wo * job.Ho == 0 ? 0 : job.N * job.units_per_sample;
   return job;
 }
@@ -117,40 +118,42 @@ bool past_caches(const Job& job, const View* outputs, int count) {
 }
 
 void run_units(Job& job) {
-  job.flat = job.channels_last && !job.pool && job.mean == nullptr && job.out.w == job.C;
+  job.flat = job.channels_last && !job.pool && job.params == nullptr && job.out.w == job.C;
   for (int b = 0; b < job.k; ++b) {
     job.flat &= !job.reads_y || job.y[b].w == job.C;
     job.flat &= job.kernel == Kernel::kForward || job.dy[b].w == job.C;
   }
   const bool forward = job.kernel == Kernel::kForward;
   job.past_caches = past_caches(job, forward ? &job.out : job.dy, forward ? 1 : job.k);
+  job.short_rows &= !job.past_caches;  // such stores are to fill one line after the other
   const RunFn run = select_run();
   parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, nullptr); });
 }
 
-// Per-channel parameters in the accumulator type, [k][C] each.
+// Per-channel parameters in the accumulator type.
 template <class A>
 struct Params {
-  std::vector<A> mean, scale, shift, invstd, offset, slope;
+  std::vector<A> all, invstd;  // [k][kParams][C], [k][C]
 
   Params(Job& job, const Tensors& means, const Tensors& vars, const Tensors& weights, const Tensors& biases,
          double eps) {
     if (means.empty()) return;
-    const int64_t C = job.C, total = job.k * C;
-    mean.resize(total), scale.resize(total), shift.resize(total), invstd.resize(total);
+    const int64_t C = job.C;
+    all.resize(job.k * kParams * C), invstd.resize(job.k * C);
     for (int b = 0; b < job.k; ++b) {
       const A* var = row(vars, b);
       const A* weight = row(weights, b);
       const A* bias = row(biases, b);
-      std::memcpy(mean.data() + b * C, row(means, b), C * sizeof(A));
+      A* const to = all.data() + b * kParams * C;
+      std::memcpy(to + kMean * C, row(means, b), C * sizeof(A));
       for (int64_t c = 0; c < C; ++c) {
         const A r = A(1) / std::sqrt(var[c] + static_cast<A>(eps));
         invstd[b * C + c] = r;
-        scale[b * C + c] = weight ? r * weight[c] : r;
-        shift[b * C + c] = bias ? bias[c] : A(0);
+        to[kScale * C + c] = weight ? r * weight[c] : r;
+        to[kShift * C + c] = bias ? bias[c] : A(0);
       }
     }
-    job.mean = mean.data(), job.scale = scale.data(), job.shift = shift.data();
+    job.params = all.data();
   }
 
   static const A* row(const Tensors& list, int b) {
@@ -160,17 +163,19 @@ struct Params {
   // dy = scale*(dz - sum_dz/count - xhat*sum_dzx/count), xhat = (y - mean)*invstd
   void correct(Job& job, const Tensors& sums) {
     if (sums.empty()) return;
-    offset.resize(mean.size()), slope.resize(mean.size());
-    const auto* dz = static_cast<const A*>(sums[0].data_ptr());
-    const auto* dzx = static_cast<const A*>(sums[1].data_ptr());
-    const auto* count = static_cast<const A*>(sums[2].data_ptr());
-    for (int b = 0; b < job.k; ++b)
-      for (int64_t i = b * job.C; i < (b + 1) * job.C; ++i) {
-        const A factor = -scale[i] / std::max(count[b], A(1));
-        offset[i] = factor * dz[i];
-        slope[i] = factor * dzx[i] * invstd[i];
+    const int64_t C = job.C;
+    const A* dz = static_cast<const A*>(sums[0].data_ptr());
+    const A* dzx = static_cast<const A*>(sums[1].data_ptr());
+    const A* count = static_cast<const A*>(sums[2].data_ptr());
+    for (int b = 0; b < job.k; ++b) {
+      A* const of = all.data() + b * kParams * C;
+      for (int64_t c = 0; c < C; ++c) {
+        const A factor = -of[kScale * C + c] / std::max(count[b], A(1));
+        of[kOffset * C + c] = factor * dz[b * C + c];
+        of[kSlope * C + c] = factor * dzx[b * C + c] * invstd[b * C + c];
       }
-    job.offset = offset.data(), job.slope = slope.data();
+    }
+    job.corrects = true;
   }
 };
 

@@ -1,6 +1,10 @@
 // SIMD vectors of FRACTAL_VEC_BYTES bytes on the compiler's vector extension, and loads and stores of the storage
 // types. Included inside the ISA's namespace by each SIMD translation unit, so nothing here may be shared between them.
 
+#define FRACTAL_UNROLL_ALL _Pragma("GCC unroll 16")
+// Of a unit's loops: in one function with all the others they run out of registers.
+#define FRACTAL_NOINLINE __attribute__((noinline))
+
 template <class A>
 struct VecOf {
   typedef A type __attribute__((vector_size(FRACTAL_VEC_BYTES)));
