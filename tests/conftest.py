@@ -57,6 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.ops.load_library(SIMULATED)
         backends._simulated = True
     torch.set_num_threads(THREADS)
+    if INTERPRETED:
+        import quick_interpreter
+
+        quick_interpreter.quicken(sanitize=os.environ.get("FRACTAL_INTERPRET") == "all")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -58,7 +58,8 @@ def host_library(folder: Path, flags: list[str]) -> Path:
 def kernels_of(library: Path) -> set[str]:
     """The instances of the kernels in a library, by mangled name."""
     names = run(["nm", "-D", "--defined-only", library]).split()
-    return {n for n in names if re.search(r"cuda\d+(join_|channel_stats)", n) and "launchers" not in n}
+    kernels = re.compile(r"cuda\d+(join_forward|join_backward|channel_stats)")
+    return {n for n in names if kernels.search(n) and "launchers" not in n}
 
 
 def demangled(names: set[str]) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import quick_interpreter
 import torch
 from torch import Tensor
 from triton.runtime import interpreter
@@ -107,6 +108,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    quick_interpreter.quicken(sanitize=False)
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows()) + "\n]\n"
     if "--write" in sys.argv:
         TABLE.write_text(text)
