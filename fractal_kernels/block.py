@@ -29,6 +29,16 @@ class BlockOutput(NamedTuple):
     var: Tensor
 
 
+def _is_watched() -> bool:
+    """Whether hooks see what is saved for backward, and may keep it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that runs may run again (``retain_graph``): what was saved is still wanted."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,6 +80,7 @@ class _Block(torch.autograd.Function):
         )
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
         ctx.options = (dense, dropout, eps, flags, fixed, backend, group)
+        ctx.donates = not fixed and not _is_watched()
         if save:
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
             ctx.save_for_backward(x, path, gamma, beta, *stats, count, *weights, *saved)
@@ -97,6 +108,7 @@ class _Block(torch.autograd.Function):
             ctx.batch_stats,
             needs_x,
             *ctx.options,
+            ctx.donates and not _graph_is_kept(),
         )
         return (
             dx if needs_x else None,
@@ -159,7 +171,8 @@ def fractal_block(
         dense: run everything and mask: the definition that skipping is held against, and what a CUDA graph holds.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros. Loss, gradients and statistics equal the
-        dense execution's. Saved for backward: the live joins, convolution outputs and their statistics.
+        dense execution's. Saved for backward: the live joins, convolution outputs and their statistics. On the CPU the
+        outputs' gradients are written over them, unless the graph is kept or saved_tensors_hooks see it.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
     Source:

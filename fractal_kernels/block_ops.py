@@ -1,8 +1,9 @@
 """The operators of the fractal block, forward and backward, over the schedule of rows.
 
 A row is a (wide) convolution of the units that start there, their statistics, and the join of those that end there.
-Kept for backward: the joins J_r of several branches, convolution outputs and statistics; nothing else. Every
-J_r is read by the convolutions of row r+1 alone, so backward has nothing to accumulate but a row that was split.
+Kept for backward: the joins J_r of several branches, convolution outputs and statistics; nothing else. Where nobody
+else has the outputs (``donated``), their gradients take their place in memory. Every J_r is read by the convolutions
+of row r+1 alone, so backward has nothing to accumulate but a row that was split.
 Every segment of the batch (``block_rows``) goes through this with its own tensors; statistics and gradients of
 parameters are added over segments.
 The path is data: under torch.compile the operators are opaque and take it as a small CPU tensor.
@@ -21,6 +22,9 @@ from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled,
 from .schedule import schedule
 
 _aten = torch.ops.aten
+# Backends whose join_backward_apply may write dy over the y that it reads. Triton's tuning runs a launch several times;
+# CUDA's has not been tried.
+IN_PLACE = ("cpu", "reference")
 
 
 def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
@@ -36,7 +40,7 @@ _LIB.define(
 _LIB.define(
     "block_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
     " Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool needs_x, bool dense,"
-    " float dropout, float eps, int flags, bool fixed, str backend, str group) -> Tensor[]"
+    " float dropout, float eps, int flags, bool fixed, str backend, str group, bool donated=False) -> Tensor[]"
 )
 
 
@@ -141,8 +145,13 @@ def _block_backward(
     fixed: bool,
     backend: str,
     group: str,
+    donated: bool = False,
 ) -> list[Tensor]:
-    """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)]."""
+    """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)].
+
+    ``donated``: ``saved`` is given away. The schema does not say that its tensors may be written: to the dispatcher and
+    to compilers, which never donate, they are inputs like others.
+    """
     launch = backends.launcher(backend)
     units, channels = mean.shape
     our_convs = not conv_bias and cpu_conv.computes(x.dtype, channels, backend)
@@ -154,7 +163,8 @@ def _block_backward(
     dys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     buffers: list[list[Tensor]] = []
     for parts in outputs:
-        buffers.append([empty((conv.size, y.shape[1], *shape[2:]), x, True) for conv, y in parts])
+        new = not donated or backend not in IN_PLACE
+        buffers.append([empty((conv.size, y.shape[1], *shape[2:]), x, True) if new else y for conv, y in parts])
         for (conv, y), dy in zip(parts, buffers[-1], strict=True):
             rows.spread(y, conv, ys)
             rows.spread(dy, conv, dys)
@@ -358,6 +368,7 @@ def _block_backward_fake(
     fixed: bool,
     backend: str,
     group: str,
+    donated: bool = False,
 ) -> list[Tensor]:
     none = x.new_empty(0)
     return [

@@ -102,7 +102,7 @@ void parallel(const Job& job, int64_t items, const F& f) {
   torch::stable::parallel_for(0, items, std::max<int64_t>(1, kGrain / per_item), f);
 }
 
-// A store to memory that is not in a cache reads it first; past the caches it does not.
+// A store to memory that is not in a cache reads it first; past the caches it does not. In place it was just read.
 bool past_caches(const Job& job, const View* outputs, int count) {
   const int64_t element = job.dtype == DType::kDouble ? 8 : job.dtype == DType::kFloat ? 4 : 2;
   const int64_t tensors = count + (job.reads_y ? job.k : 0) + (job.kernel == Kernel::kApply ? 1 : 0);
@@ -110,6 +110,7 @@ bool past_caches(const Job& job, const View* outputs, int count) {
   constexpr int64_t kAlign = 64;
   for (int b = 0; b < count; ++b) {
     const View& v = outputs[b];
+    if (v.data == job.y[b].data) return false;
     if (reinterpret_cast<uintptr_t>(v.data) % kAlign) return false;
     for (int64_t stride : {job.N > 1 ? v.n : 0, job.channels_last ? v.w : v.c})
       if (stride * element % kAlign) return false;
