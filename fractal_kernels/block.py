@@ -108,7 +108,7 @@ class _Block(torch.autograd.Function):
             ctx.batch_stats,
             needs_x,
             *ctx.options,
-            ctx.donates and not _graph_is_kept(),
+            ctx.donates and not torch.compiler.is_compiling() and not _graph_is_kept(),
         )
         return (
             dx if needs_x else None,
