@@ -34,9 +34,11 @@ def _is_watched() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward that runs may run again (``retain_graph``): what was saved is still wanted."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+def _runs_once() -> bool:
+    """Whether the backward that runs is the last of its graph: not with ``retain_graph``, nor where it is traced."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _Block(torch.autograd.Function):
@@ -80,7 +82,7 @@ class _Block(torch.autograd.Function):
         )
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
         ctx.options = (dense, dropout, eps, flags, fixed, backend, group)
-        ctx.donates = not fixed and not _is_watched()
+        ctx.donates = not fixed and x.device.type == "cpu" and not _is_watched()
         if save:
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
             ctx.save_for_backward(x, path, gamma, beta, *stats, count, *weights, *saved)
@@ -108,7 +110,7 @@ class _Block(torch.autograd.Function):
             ctx.batch_stats,
             needs_x,
             *ctx.options,
-            ctx.donates and not torch.compiler.is_compiling() and not _graph_is_kept(),
+            ctx.donates and _runs_once(),
         )
         return (
             dx if needs_x else None,

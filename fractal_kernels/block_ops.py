@@ -22,8 +22,8 @@ from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled,
 from .schedule import schedule
 
 _aten = torch.ops.aten
-# Backends whose join_backward_apply may write dy over the y that it reads. Triton's tuning runs a launch several times;
-# CUDA's has not been tried.
+# Backends whose join_backward_apply may write dy over the y that it reads, on the CPU. Triton's tuning runs a launch
+# several times; CUDA's has not been tried.
 IN_PLACE = ("cpu", "reference")
 
 
@@ -162,9 +162,11 @@ def _block_backward(
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     dys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     buffers: list[list[Tensor]] = []
+    in_place = donated and backend in IN_PLACE
     for parts in outputs:
-        new = not donated or backend not in IN_PLACE
-        buffers.append([empty((conv.size, y.shape[1], *shape[2:]), x, True) if new else y for conv, y in parts])
+        if in_place:  # so that whoever runs this graph again after an error is told
+            torch.autograd.graph.increment_version([y for _, y in parts])
+        buffers.append([y if in_place else empty((conv.size, y.shape[1], *shape[2:]), x, True) for conv, y in parts])
         for (conv, y), dy in zip(parts, buffers[-1], strict=True):
             rows.spread(y, conv, ys)
             rows.spread(dy, conv, dys)

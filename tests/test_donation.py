@@ -9,8 +9,9 @@ import pytest
 import torch
 from fractalnet.drop_path import full_path, sample_path
 from torch._dynamo import compiled_autograd
+from torch.utils.flop_counter import FlopCounterMode
 
-from fractal_kernels import backends, block_ops, use_backend
+from fractal_kernels import backends, block_ops, block_rows, use_backend
 
 LAUNCHES = ("channel_stats", "join_forward", "join_backward_reduce", "join_backward_apply")
 SETTINGS = [
@@ -21,6 +22,12 @@ SETTINGS = [
     {"pool_order": "after_join"},
     {"last_pool": False, "conv_bias": True, "bn_affine": False},
 ]
+
+
+@pytest.fixture(autouse=True)
+def ranges_in_small_batches(monkeypatch):
+    """So that paths per sample cut the batch into segments."""
+    monkeypatch.setattr(block_rows, "RANGES_PAY", 1)
 
 
 def network(**options):
@@ -120,7 +127,36 @@ def test_a_compiled_backward_donates_nothing(cpu_backend):
             loss.backward(retain_graph=i < times - 1)
         return [p.grad for p in net.parameters()]
 
-    expected = gradients(1)
-    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager", fullgraph=True)):
+    def compiler(graph):
+        graphs.append(graph)
+        return torch.compile(graph, backend="eager", fullgraph=True)
+
+    expected, graphs = gradients(1), []
+    with compiled_autograd._enable(compiler):
         assert same(gradients(1), expected)
         assert same(gradients(2), [2 * g for g in expected])
+    assert graphs
+
+
+def test_a_backward_that_was_interrupted_is_not_repeated(in_place, monkeypatch):
+    """On a graph some of whose outputs are overwritten already."""
+    x, path = torch.randn(4, 16, 4, 4, requires_grad=True), full_path(2, 3)
+    out = network().blocks[1](x, path.keep[1], path.alone)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(block_ops, "gather_weight", interrupt)
+        out.backward(torch.ones_like(out))
+    assert in_place and all(in_place)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(torch.ones_like(out))
+
+
+def test_a_traced_backward_donates_nothing(in_place):
+    net, path = network(), full_path(2, 3)
+    loss = net(torch.randn(4, 3, 9, 9), path=path).square().sum()
+    with FlopCounterMode(display=False):
+        loss.backward()
+    assert in_place and not any(in_place)
