@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work that it repeats: the same results in a third of the time.
+"""Triton's interpreter without the work that it repeats: the same results, sooner.
 
 For every call of a device function it searches the language for what is to be patched, again; it makes a table for
 every dtype that it looks up; and it computes every sum and product of integers a second time, in 64 bits, to see

@@ -69,7 +69,7 @@ def test_number_of_branches_and_dtypes(shape, gpu_backend):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    # Of two minutes, -O2 spends nearly all in the compiler; what it makes runs no faster under this runtime.
+    # Optimising takes the compiler longer than it could save these short runs.
     return cuda_code.host_library(tmp_path_factory.mktemp("simt"), ["-O0"])
 
 
