@@ -3,9 +3,8 @@
 import fractalnet
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import two_ranks
 from fractalnet import tied_loss
 from fractalnet.drop_path import column_path, rate, sample_path
 from torch.nn.parallel import DistributedDataParallel
@@ -143,9 +142,7 @@ def test_errors(option, message):
         sample_path(1, 2, 3, mixture="coin")
 
 
-def _rank(rank, folder, granularity):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{granularity}", rank=rank, world_size=2)
+def trained(rank, folder, granularity):
     net = small(granularity=granularity)
     torch.manual_seed(100 + rank)  # ranks draw their data, and whatever else, from different generators
     parallel = DistributedDataParallel(net)  # every parameter must get a gradient on every rank, or this hangs
@@ -159,13 +156,11 @@ def _rank(rank, folder, granularity):
         optimizer.step()
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     torch.save({"paths": [p.keep for p in paths], "weights": weights}, f"{folder}/{granularity}{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_two_ranks(tmp_path, granularity):
-    mp.spawn(_rank, (str(tmp_path), granularity), nprocs=2)
+    two_ranks.run(trained, tmp_path, granularity)
     a, b = (torch.load(tmp_path / f"{granularity}{rank}.pt") for rank in range(2))
     same = [torch.equal(p, q) for p, q in zip(a["paths"], b["paths"], strict=True)]
     assert len(same) == 8 and (all(same) if granularity == "batch" else not any(same))

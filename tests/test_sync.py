@@ -3,9 +3,8 @@
 import fractalnet
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import two_ranks
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -75,9 +74,7 @@ def step(model, net, kind, first, last, world):
     return {**grads, **state}
 
 
-def _rank(rank, folder, kinds):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def both(rank, folder, kinds):
     block_rows.RANGES_PAY = 1
     for kind in kinds:
         for split in SPLITS:
@@ -86,8 +83,6 @@ def _rank(rank, folder, kinds):
             model = DistributedDataParallel(net, forward_sync_buffers=False)
             first, last = (0, split[0]) if rank == 0 else (split[0], N)
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 KINDS = ("joined", "full", "column", "local", "sample", "ranges")
@@ -96,7 +91,7 @@ KINDS = ("joined", "full", "column", "local", "sample", "ranges")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder), KINDS), nprocs=2)
+    two_ranks.run(both, folder, KINDS)
     return folder
 
 
