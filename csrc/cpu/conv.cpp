@@ -46,11 +46,11 @@ float* dense(const char* name, const Tensor& t) {
   return static_cast<float*>(t.data_ptr());
 }
 
-// Where transforms cost more than they save; measured: benchmarks/bench_conv.py.
-bool few_channels(int64_t in, int64_t out) { return in < 16 || (in == 16 && out <= 32); }
+// Transforms run along input channels, a cache line of them at a time.
+bool few_channels(int64_t in) { return in < kLine; }
 
 Conv make_conv(const Tensor& x, int64_t in, int64_t out) {
-  STD_TORCH_CHECK(in > 0 && (in % kLine == 0 || few_channels(in, out)) && out > 0 && out % kLine == 0,
+  STD_TORCH_CHECK(in > 0 && (in % kLine == 0 || few_channels(in)) && out > 0 && out % kLine == 0,
                   "conv3x3: expected channels in multiples of ", kLine, ", got ", in, " and ", out);
   Conv conv{};
   conv.N = x.size(0), conv.H = x.size(2), conv.W = x.size(3);
@@ -83,10 +83,10 @@ Direct make_direct(const Conv& conv) {
   return job;
 }
 
-void direct(const ConvKernels& k, const Conv& conv, const float* w, bool turned) {
+void direct(const ConvKernels& k, const Conv& conv, const float* w) {
   const Direct job = make_direct(conv);
   const Buffer u(9 * job.in * job.out);
-  k.direct_weights(w, turned ? job.in : job.out, turned ? job.out : job.in, turned, u.data);
+  k.direct_weights(w, job.out, job.in, u.data);
   parallel(job.N * job.bands, [&](int64_t begin, int64_t end) { k.direct_forward(job, u.data, begin, end); });
 }
 
@@ -112,7 +112,10 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
   const float* w = dense("weight", weight);
   if (conv.tiles == 0) return;
   const ConvKernels& k = kernels();
-  if (few_channels(conv.in, conv.out)) return direct(k, conv, w, turned);
+  if (few_channels(conv.in)) {
+    STD_TORCH_CHECK(!turned, "conv3x3: expected channels of the gradient in multiples of ", kLine, ", got ", out);
+    return direct(k, conv, w);
+  }
   const Buffer u(kPoints * in * out);
   parallel(conv.out / kLine,
            [&](int64_t begin, int64_t end) { k.weights(w, out, in, turned, u.data, begin * kLine, end * kLine); });
@@ -151,7 +154,7 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   job.x.x = dense("x", x), job.grad = dense("grad", grad);
   float* dw = dense("dweight", dweight);
   const ConvKernels& k = kernels();
-  if (few_channels(in, out)) return direct_weight(k, job.x, job.grad, dw);
+  if (few_channels(in)) return direct_weight(k, job.x, job.grad, dw);
   const int64_t tiles = job.x.tiles, size = kPoints * in * out, floats = kPoints * (in + out);
   // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer.
   const int64_t most = std::min(tiles * floats / (8 * size), kMaxParts);

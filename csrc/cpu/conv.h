@@ -1,4 +1,4 @@
-// A 3x3 convolution with padding 1 in float32 and its gradients: as defined where there are few channels, else by
+// A 3x3 convolution with padding 1 in float32 and its gradients: as defined where an image has few channels, else by
 // Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), 16 products where the definition has 36. Filled in
 // conv.cpp, executed by the SIMD translation units. Images are [N, H, W, channels].
 #pragma once
@@ -69,7 +69,7 @@ struct ConvKernels {
   void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
   void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
 
-  void (*direct_weights)(const float* w, int64_t out, int64_t in, bool turned, float* u);
+  void (*direct_weights)(const float* w, int64_t out, int64_t in, float* u);              // of the output alone
   void (*direct_forward)(const Direct& job, const float* u, int64_t begin, int64_t end);  // items: bands of the batch
   void (*direct_gradient)(const Direct& job, int64_t begin, int64_t end);                 // parts
   void (*direct_sum)(const Direct& job, float* dw, int64_t begin, int64_t end);           // output channels
