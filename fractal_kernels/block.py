@@ -62,7 +62,7 @@ class _Block(torch.autograd.Function):
         group: str,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out, count, batch_mean, batch_var, *saved = _OPS.block_forward(
+        out, count, batch_mean, batch_var, *saved = _OPS.block_forward.default(
             x,
             list(weights),
             conv_bias,
@@ -95,7 +95,7 @@ class _Block(torch.autograd.Function):
         x, path, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs_x = ctx.needs_input_grad[0]
-        dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward(
+        dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
             grad,
             x,
             weights,

@@ -251,7 +251,7 @@ def _block_backward(
     zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
     dgamma, dbeta = (
         x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])
-        for p, s in ((gamma, own[1]), (beta, own[0]))
+        for p, s in ((gamma, own[1].unbind()), (beta, own[0].unbind()))
     )
     dx = x.new_empty(0)
     if needs_x:

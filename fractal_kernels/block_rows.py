@@ -162,7 +162,7 @@ class Rows:
         if self.per_sample:
             return range(len(units))
         if not dense:
-            return plan(self.columns, tuple(path.flatten().tolist())).units
+            return self.segments[0].plan.units
         live = live_samples(self.columns, path.unsqueeze(2))
         return torch.stack([live[unit.end, unit.column, 0] for unit in units]).to(self.device)
 
@@ -194,7 +194,8 @@ class Rows:
         return (group[0].id - self.schedule.starts[group[0].start][0].id) * self.channels
 
     def weight(self, group: tuple[Unit, ...], weights: list[Tensor]) -> Tensor:
-        return weights[group[0].start].narrow(0, self.offset(group), len(group) * self.channels)
+        wide, channels = weights[group[0].start], len(group) * self.channels
+        return wide if channels == wide.shape[0] else wide.narrow(0, self.offset(group), channels)
 
     def join_flags(self, row: int) -> int:
         return self.flags if row == self.rows - 1 else self.inner_flags
@@ -287,6 +288,7 @@ class Statistics:
     def __init__(self, launch: Any, rows: Rows, mean: Tensor, var: Tensor, count: Tensor) -> None:
         self.launch, self.rows = launch, rows
         self.layers = [(mean, var, count)]
+        self.flat = mean.view(1, -1), var.view(1, -1)
         self.row = Layers()
         self.unread = count.new_empty(1)
 
@@ -294,7 +296,8 @@ class Statistics:
         """Of a conv's output: its channels at once, or per unit over live samples."""
         first, n = conv.group[0].id, len(conv.group)
         if not self.rows.counted:
-            mean, var = (t[first : first + n].view(1, -1) for t in self.layers[0][:2])
+            k = self.rows.channels
+            mean, var = self.flat[0].narrow(1, first * k, n * k), self.flat[1].narrow(1, first * k, n * k)
             self.launch.channel_stats(mean, var, self.unread, [y], None, True)
             return
         layer = self.row.at(conv.group)
