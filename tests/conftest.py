@@ -25,7 +25,6 @@ SIMULATED = os.environ.get("FRACTAL_SIMT", "")  # a library of the CUDA kernels 
 GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("triton", "cuda")
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
-THREADS = 2
 # Begun first: what takes minutes, so that two processes (``make test``) end together; and graphs, which a round on a
 # GPU must not miss for want of time.
 LONG = ("test_graphed.py", "test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py")
@@ -56,7 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if SIMULATED:
         torch.ops.load_library(SIMULATED)
         backends._simulated = True
-    torch.set_num_threads(THREADS)
     if INTERPRETED:
         import quick_interpreter
 
@@ -77,11 +75,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
-    """Every test starts from poisoned memory, one seed and the same number of threads."""
+def same_start(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test starts from poisoned memory, one seed and its module's ``THREADS``, or one.
+
+    Where processes share the cores, threads wait for each other's time slice at the end of every operator.
+    """
     _poison()
     torch.manual_seed(0)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(getattr(request.module, "THREADS", 1))
     torch.backends.cudnn.allow_tf32 = False  # convolutions of a GPU round their factors by default
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")

@@ -11,6 +11,8 @@ from fractal_kernels import block_rows
 from fractal_kernels.block import fractal_block
 from fractal_kernels.schedule import plan
 
+THREADS = 2
+
 
 @pytest.fixture(autouse=True)
 def ranges_in_small_batches(monkeypatch):

@@ -13,6 +13,7 @@ from test_backends import machine_has, python
 
 from fractal_kernels import conv3x3, cpu_conv, tiny_conv
 
+THREADS = 2
 TOLERANCE = 3e-6  # of the largest value: 2**-24 for every operand, times the growth of sums and transforms
 # batch, input channels, output channels, height, width
 SHAPES = [

@@ -336,6 +336,12 @@ def test_workers_change_nothing(files):
     for epoch in (0, 1):
         assert same(batches(alone, epoch), batches(shared, epoch))
     assert torch.equal(torch.get_rng_state(), before)
+    processes = shared._views._iterator._workers
+    for loader in (alone, shared, shared):
+        loader.close()
+    assert len(processes) == 2 and not any(process.is_alive() for process in processes)
+    assert same(batches(alone, 1), batches(shared, 1))
+    shared.close()
 
 
 def test_what_workers_get_survives_spawn(files, monkeypatch):

@@ -25,6 +25,7 @@ from conftest import GPU_BACKENDS, INTERPRETED
 from fractal_kernels import bn_relu_join, masked_mean_join
 from fractal_kernels.library import is_channels_last, to_layout
 
+THREADS = 2
 GPU = True  # these tests run on a GPU's backends too: on one, under Triton's interpreter, or executed on the host
 NAN, INF = float("nan"), float("inf")
 TYPICAL = [

@@ -32,6 +32,10 @@ SHAPE = (32, 64, 32, 32)
 BIN = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
 @dataclass(frozen=True)
 class Code:
     """What the compiler made of one kernel."""
@@ -49,9 +53,9 @@ class Code:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-            text = subprocess.run([BIN / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
-        numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
+            usage = _run("cuobjdump", "-res-usage", file.name)
+            text = _run("nvdisasm", "-c", "-ndf", file.name)  # the code alone, without an analysis of its data flow
+        numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage))
         return cls(
             name,
             int(numbers["REG"]),

@@ -110,6 +110,15 @@ class Loader:
         """Batches per epoch."""
         return -(-self.count // self.batch_size)
 
+    def close(self) -> None:
+        """Ends the worker processes, which outlive epochs; the next epoch starts others.
+
+        Where the garbage collector ends them, their queues can be gone before they are told: seconds for each.
+        """
+        if isinstance(self.images, Files) and self._views._iterator is not None:
+            self._views._iterator._shutdown_workers()
+            self._views._iterator = None
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
         """This rank's (x float32 [B, C, S, S], y int64 [B], size of the global batch), from batch `start` on.
 

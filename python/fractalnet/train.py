@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -344,9 +344,10 @@ def run(
         log = outputs.Log(fabric, out, config, len(this.loader) * this.epoch + this.batch, len(this.loader))
         log.begin(name, plain, this.data.describe())
         outputs.introduce(this)
-        with signals() as came:
-            train(this, out, log, came)
-        metrics = outputs.conclude(this, out)
+        with closing(this.loader), closing(this.holdout):
+            with signals() as came:
+                train(this, out, log, came)
+            metrics = outputs.conclude(this, out)
         fabric.barrier()
     return metrics
 
