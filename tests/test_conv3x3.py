@@ -27,12 +27,14 @@ SHAPES = [
     (2, 512, 512, 2, 2),
     (33, 32, 16, 17, 15),  # the gradient of the weight in parts
     (50, 48, 32, 13, 16),
+    (40, 16, 32, 17, 15),
+    (2, 16, 16, 40, 70),
     (0, 3, 16, 4, 4),  # from here on: few channels
     (2, 1, 16, 1, 1),
     (1, 3, 48, 9, 5),
     (3, 13, 16, 2, 3),
-    (40, 16, 32, 17, 15),
-    (2, 16, 16, 40, 70),
+    (40, 3, 48, 17, 15),  # the gradient of the weight in parts
+    (2, 15, 80, 40, 70),  # and in bands of few rows
 ]
 TINY = [(16, 256, 32, 2, 2), (1, 300, 7, 2, 2), (5, 256, 256, 2, 2)]
 
@@ -109,20 +111,17 @@ def test_number_of_threads_changes_no_bit(shape, cpu_conv_here):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-@pytest.mark.parametrize(("c", "k"), [(16, 16), (32, 32)])
+@pytest.mark.parametrize(("c", "k"), [(3, 16), (16, 16), (32, 32)])
 def test_pixels_outside_the_image_are_zeros(c, k, cpu_conv_here):
     """Also where their neighbours in memory are not numbers."""
     n, h, w = 3, 5, 5
     x, weight, grad = operands(n, c, k, h, w)
     x[0], x[2], grad[0], grad[2] = (float("nan"),) * 4
-    for got, want in (
-        (cpu_conv.conv(x, weight)[1:2], cpu_conv.conv(x[1:2], weight)),
-        (
-            cpu_conv.conv_backward(grad, x, weight, True, torch.empty_like(weight))[1:2],
-            cpu_conv.conv_backward(grad[1:2], x[1:2], weight, True, torch.empty_like(weight)),
-        ),
-    ):
-        assert torch.equal(got, want)
+    assert torch.equal(cpu_conv.conv(x, weight)[1:2], cpu_conv.conv(x[1:2], weight))
+    if c % 16 == 0:  # else the library's
+        dx = cpu_conv.conv_backward(grad, x, weight, True, torch.empty_like(weight))
+        alone = cpu_conv.conv_backward(grad[1:2], x[1:2], weight, True, torch.empty_like(weight))
+        assert torch.equal(dx[1:2], alone)
 
 
 def test_fits_only_where_it_was_measured(cpu_conv_here):

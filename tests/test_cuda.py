@@ -93,7 +93,7 @@ def execute(library: Path, select: str, shards: int = 1, **environment: str) -> 
     ]
     output = ""
     for process in running:
-        text, _ = process.communicate(timeout=1800)
+        text, _ = process.communicate(timeout=1100)
         assert process.returncode == 0 and " passed" in text, text[-5000:]
         output += text
     return output

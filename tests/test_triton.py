@@ -54,7 +54,7 @@ def test_every_flag_under_the_interpreter():
     suite = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "-k", TESTS)
     running = [interpreted(*suite, "--shard", f"{i}/{PROCESSES}") for i in range(PROCESSES)]
     for process in running:
-        output, _ = process.communicate(timeout=1800)
+        output, _ = process.communicate(timeout=1100)
         assert process.returncode == 0 and " passed" in output, output[-3000:]
 
 

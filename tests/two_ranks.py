@@ -1,6 +1,7 @@
 """A function in two processes that meet over gloo; those that hang say where, and end."""
 
 import faulthandler
+import gc
 import time
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ def _rank(rank, meet, function, args):
     # What it made is gone before the group is: a DistributedDataParallel that is the last to hold the group waits for
     # gloo's threads and keeps the GIL, for which one of them may wait (pytorch/pytorch#56297).
     function(rank, *args)
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

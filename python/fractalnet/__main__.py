@@ -82,10 +82,10 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
 def run_eval(arguments: argparse.Namespace) -> None:
     model, content = trained.unpack(arguments.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loader = trained.holdout(content, arguments.root, arguments.crops, device)
     model.to(device)
-    found = evaluate.scores(model, trained.views(loader, arguments.crops))
-    x, _, _ = next(loader.epoch(0))
+    with contextlib.closing(trained.holdout(content, arguments.root, arguments.crops, device)) as loader:
+        found = evaluate.scores(model, trained.views(loader, arguments.crops))
+        x, _, _ = next(loader.epoch(0))
     print(evaluate.table(evaluate.measure(model, found, x, loader.count)))
 
 
