@@ -30,7 +30,7 @@ def ranges_are_faster(x: Tensor, channels: int) -> bool:
 def wide_is_faster(in_channels: int, ours: bool) -> bool:
     """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py).
 
-    Ours do: most shapes gain by it, three of nine lost up to an eighth. The library's lose more where they are large.
+    Ours do: most shapes gain by it, the others lost up to an eighth. The library's lose more where they are large.
     """
     return ours or in_channels < 128
 
