@@ -155,10 +155,10 @@ def fractal_block(
 
     Args:
         x: [N, C_in, H, W], processed in channels_last. On the CPU in float32, where C_in and K are multiples of 16 (or
-            C_in is less), convolutions are by Winograd's method: errors within 3e-6 of the largest value, but NaN
-            around infinity.
+            C_in is less), convolutions are by Winograd's method: errors within 3e-6 of the largest value for up to
+            256 channels, but NaN around infinity.
         weights: R = 2**(C-1) wide weights, row r's [n_r*K, C_in (r = 0) or K, 3, 3]: the n_r columns that start there,
-            shallow first (``schedule(C).starts``).
+            shallow first (``schedule(C).starts``); copied where they are not in channels_last.
         gamma, beta, conv_bias: [U, K], U = 2**C - 1 units in the schedule's order, or None.
         path: bool [R, C] on the CPU, whether column c is kept in row r's join: only what lives runs. Or [R, C, N], a
             path per sample: joins are masked. With ``dense`` either may be on the device: the host does not look at it.
@@ -230,6 +230,7 @@ def fractal_block(
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
-        torch.compiler.is_compiling(), backend, synchronised, *(w.to(x.dtype) for w in weights),
+        torch.compiler.is_compiling(), backend, synchronised,
+        *(w.to(x.dtype).contiguous(memory_format=torch.channels_last) for w in weights),
     )  # fmt: skip
     return BlockOutput(*result)

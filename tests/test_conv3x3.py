@@ -14,7 +14,7 @@ from test_backends import machine_has, python
 from fractal_kernels import conv3x3, cpu_conv, tiny_conv
 
 THREADS = 2
-TOLERANCE = 3e-6  # of the largest value: 2**-24 for every operand, times the growth of sums and transforms
+TOLERANCE = 3e-6  # of the largest value: 2**-24 for every operand, times the growth of transforms and of 256 channels
 # batch, input channels, output channels, height, width
 SHAPES = [
     (0, 16, 32, 4, 4),
@@ -29,6 +29,10 @@ SHAPES = [
     (50, 48, 32, 13, 16),
     (40, 16, 32, 17, 15),
     (2, 16, 16, 40, 70),
+    (20, 32, 48, 7, 7),  # from here on, as those of more than 30 images: tiles of 4x4 pixels, if not all of them whole
+    (30, 64, 32, 3, 5),
+    (26, 128, 128, 4, 4),
+    (4, 1024, 16, 16, 16),
     (0, 3, 16, 4, 4),  # from here on: few channels
     (2, 1, 16, 1, 1),
     (1, 3, 48, 9, 5),
@@ -60,6 +64,7 @@ def operands(n, c, k, h, w):
 
 def against_the_definition(kernel, n, c, k, h, w):
     x, weight, grad = operands(n, c, k, h, w)
+    tolerance = TOLERANCE * max(1, c / 256, k / 256) ** 0.5
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     y64 = torch.conv2d(x64, w64, padding=1)
     dx64, dw64 = torch.autograd.grad(y64, (x64, w64), grad.double())
@@ -68,7 +73,7 @@ def against_the_definition(kernel, n, c, k, h, w):
     for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k:], dw64)):
         assert got.shape == want.shape
         error = (got - want.detach()).abs().max().item() if want.numel() else 0.0
-        assert error <= TOLERANCE * (want.abs().max().item() if want.numel() else 0.0), (name, error)
+        assert error <= tolerance * (want.abs().max().item() if want.numel() else 0.0), (name, error)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
     assert bool(full[:k].isnan().all())  # nothing outside its slice
@@ -185,6 +190,23 @@ def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_backend):
         for a, b in zip(*grads, strict=True):
             assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
     assert any(used)
+
+
+def test_block_has_it_in_every_layout_of_the_weights(monkeypatch, cpu_conv_here):
+    """Also after ``net.to(memory_format=torch.channels_last)``, which moves the elements of every 4-dim parameter."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 2, (16, 32), image_size=8)
+    used, choose, results, x = [], conv3x3.kernel, [], torch.randn(6, 3, 8, 8)
+    path = net.sample_path(6, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(conv3x3, "kernel", lambda *a: used.append(choose(*a)) or used[-1])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        net = net.to(memory_format=memory_format)
+        net.zero_grad()
+        out = net(x, path=path)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in net.parameters())])
+    assert used and all(used)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 CHECK = """

@@ -19,10 +19,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kBlockFloats = 8192;  // of the inputs of a block at one of its points: they stay in the second cache
-constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient: they stay in the third
-constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
+constexpr int64_t kBlockFloats = 1 << 17;  // of the inputs of a block: they stay in the second cache
+constexpr int64_t kPassFloats = 1 << 20;   // of a pass of the weight's gradient: they stay in the third
+constexpr int64_t kBandFloats = 6144;      // of the rows of a direct convolution: they stay in the first
 constexpr int64_t kMaxParts = 32;
+constexpr int64_t kTilesOfWeight = 32;
 constexpr int64_t kKept = 1 << 24;  // floats of a buffer that a thread keeps, at most
 
 struct Free {
@@ -55,8 +56,14 @@ Conv make_conv(const Tensor& x, int64_t in, int64_t out) {
   Conv conv{};
   conv.N = x.size(0), conv.H = x.size(2), conv.W = x.size(3);
   conv.in = in, conv.out = out;
-  conv.across = (conv.W + 1) / 2;
-  conv.tiles = conv.N * ((conv.H + 1) / 2) * conv.across;
+  const auto cut = [&](int tile) {
+    conv.tile = tile, conv.across = (conv.W + tile - 1) / tile;
+    conv.tiles = conv.N * ((conv.H + tile - 1) / tile) * conv.across;
+    return conv.tiles * points(tile);
+  };
+  // The fewer products; to transform a weight takes as long as kTilesOfWeight of them.
+  const int64_t of_4 = cut(4) + points(4) * kTilesOfWeight, of_2 = cut(2) + points(2) * kTilesOfWeight;
+  if (of_4 < of_2) cut(4);
   return conv;
 }
 
@@ -64,6 +71,10 @@ const ConvKernels& kernels() {
   const ConvKernels* found = selected_isa().conv;
   STD_TORCH_CHECK(found != nullptr, "conv3x3: no kernel for this processor's instruction set");
   return *found;
+}
+
+const Winograd& winograd(const ConvKernels& k, const Conv& conv) {
+  return conv.tile == 4 ? k.tiles_of_4 : k.tiles_of_2;
 }
 
 template <class F>
@@ -116,15 +127,16 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
     STD_TORCH_CHECK(!turned, "conv3x3: expected channels of the gradient in multiples of ", kLine, ", got ", out);
     return direct(k, conv, w);
   }
-  const Buffer u(kPoints * in * out);
+  const Winograd& of = winograd(k, conv);
+  const Buffer u(points(conv.tile) * weight_rows(conv.in) * conv.out);
   parallel(conv.out / kLine,
-           [&](int64_t begin, int64_t end) { k.weights(w, out, in, turned, u.data, begin * kLine, end * kLine); });
+           [&](int64_t begin, int64_t end) { of.weights(w, out, in, turned, u.data, begin * kLine, end * kLine); });
   // Large blocks read the weights less often, but every thread is to have as many; the cut does not change a sum.
-  const int64_t largest = std::clamp<int64_t>(kBlockFloats / conv.in, 32, 256),
+  const int64_t largest = std::clamp<int64_t>(kBlockFloats / points(conv.tile) / conv.in, 32, 256),
                 threads = torch::stable::get_num_threads();
   conv.blocks = std::min(round_up((conv.tiles - 1) / largest + 1, threads), (conv.tiles - 1) / kRowsOfBlock + 1);
   conv.block = round_up((conv.tiles - 1) / conv.blocks + 1, kRowsOfBlock) + kRowsOfBlock;
-  parallel(conv.blocks, [&](int64_t begin, int64_t end) { k.forward(conv, u.data, begin, end); });
+  parallel(conv.blocks, [&](int64_t begin, int64_t end) { of.forward(conv, u.data, begin, end); });
 }
 
 // Adds up the products of tiles [begin, end) in job.sums, a pass at a time.
@@ -132,12 +144,14 @@ template <class Parallel>
 void sum_tiles(const ConvKernels& k, WeightGradient job, int64_t begin, int64_t end, const Parallel& run) {
   const int64_t block = std::max<int64_t>(std::min(job.x.block, end - begin), 1);
   job.x.block = block;
-  const Buffer inputs(kPoints * k.plane(block, job.x.in)), grads(kPoints * k.plane(block, job.columns));
+  const Winograd& of = winograd(k, job.x);
+  const int64_t planes = points(job.x.tile);
+  const Buffer inputs(planes * k.plane(block, job.x.in)), grads(planes * k.plane(block, job.columns));
   job.inputs = inputs.data, job.grads = grads.data, job.first = begin, job.add = false;
   do {  // once where there are no tiles: the sums are zero
     job.count = std::min(block, end - job.first);
-    run(job.count, [&](int64_t b, int64_t e) { k.gradient_tiles(job, b, e); });
-    run(kPoints * ((job.columns + kGroup - 1) / kGroup), [&](int64_t b, int64_t e) { k.gradient_product(job, b, e); });
+    run(job.count, [&](int64_t b, int64_t e) { of.gradient_tiles(job, b, e); });
+    run(planes * ((job.columns + kGroup - 1) / kGroup), [&](int64_t b, int64_t e) { of.gradient_product(job, b, e); });
     job.first += block, job.add = true;
   } while (job.first < end);
 }
@@ -155,7 +169,8 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   float* dw = dense("dweight", dweight);
   const ConvKernels& k = kernels();
   if (few_channels(in)) return direct_weight(k, job.x, job.grad, dw);
-  const int64_t tiles = job.x.tiles, size = kPoints * in * out, floats = kPoints * (in + out);
+  const int64_t tiles = job.x.tiles, of_tile = points(job.x.tile), size = of_tile * in * out,
+                floats = of_tile * (in + out);
   // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer.
   const int64_t most = std::min(tiles * floats / (8 * size), kMaxParts);
   for (job.parts = 1; 2 * job.parts <= most;) job.parts *= 2;
@@ -165,7 +180,7 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
     job.x.block = std::max<int64_t>(kPassFloats / floats, 64);
     sum_tiles(k, job, 0, tiles, [](int64_t items, const auto& f) { parallel(items, f); });
   } else {
-    job.x.block = kBlockFloats * kPoints / floats;
+    job.x.block = kBlockFloats / floats;
     parallel(job.parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         WeightGradient own = job;
@@ -175,7 +190,7 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
       }
     });
   }
-  parallel(out, [&](int64_t begin, int64_t end) { k.gradient_weights(job, dw, begin, end); });
+  parallel(out, [&](int64_t begin, int64_t end) { winograd(k, job.x).gradient_weights(job, dw, begin, end); });
 }
 
 }  // namespace

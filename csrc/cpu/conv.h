@@ -1,21 +1,27 @@
 // A 3x3 convolution with padding 1 in float32 and its gradients: as defined where an image has few channels, else by
-// Winograd's F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), 16 products where the definition has 36. Filled in
-// conv.cpp, executed by the SIMD translation units. Images are [N, H, W, channels].
+// Winograd's F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), 36 products where the definition has
+// 144, or 16 where it has 36. Filled in conv.cpp, executed by the SIMD translation units. Images are [N, H, W,
+// channels].
 #pragma once
 #include <cstdint>
 
 namespace fractal::cpu {
 
-constexpr int kPoints = 16;
 constexpr int64_t kRowsOfBlock = 8;  // a block of tiles is a multiple, but for the last
 
-// Winograd. A tile is 2x2 output pixels and the 4x4 input pixels under it; 16 is the number of its points after the
-// transform, and everything between the transforms is 16 matrix products.
+// Winograd. A tile is T x T output pixels and the P x P input pixels under it, P = T + 2; P*P is the number of its
+// points after the transform, and everything between the transforms is as many matrix products.
+constexpr int points(int tile) { return (tile + 2) * (tile + 2); }
+// Of a panel of transformed weights at a point. In memory the points of a weight are this many rows apart: a power of
+// two would put them all into one set of the cache.
+constexpr int64_t weight_rows(int64_t channels) { return channels + 5; }
+
 struct Conv {
   int64_t N, H, W;
   int64_t in, out;        // channels of the product: of what is read and of what is written
   const float* x;         // [N, H, W, in]
   float* y;               // [N, H, W, out]
+  int tile;               // T
   int64_t across, tiles;  // tiles of a row of an image, of the batch
   int64_t block;          // tiles that are taken together, at most
   int64_t blocks;         // of the forward: into how many the tiles are cut
@@ -27,8 +33,8 @@ struct WeightGradient {
   int64_t columns;        // C_out
   int64_t first, count;   // the tiles of this pass
   bool add;               // to the sums of an earlier pass
-  float *inputs, *grads;  // transformed: [16][block][C_in + pad], [16][block][C_out + pad]
-  float* sums;            // [parts][16][C_out][C_in]
+  float *inputs, *grads;  // transformed: [points][block][C_in + pad], [points][block][C_out + pad]
+  float* sums;            // [parts][points][C_out][C_in]
   int64_t parts;
 };
 
@@ -58,16 +64,21 @@ class Buffer {
   int64_t size_;
 };
 
-// Panels are two vectors of channels, or one where there are no more.
-struct ConvKernels {
-  int64_t (*plane)(int64_t rows, int64_t channels);  // floats of a plane of transformed values
-  // Transformed weights, [out / panel][16][in][panel], of output channels [begin, end) of w [out, 3, 3, in]; of the
-  // gradient of x (`turned`), [in / panel][16][out][panel], of input channels [begin, end).
+// For one size of tiles. Panels are two vectors of channels, or one where there are no more.
+struct Winograd {
+  // Transformed weights, [out / panel][points][weight_rows(in)][panel], of output channels [begin, end) of w [out, 3,
+  // 3, in]; of the gradient of x (`turned`), [in / panel][points][weight_rows(out)][panel], of input channels [begin,
+  // end).
   void (*weights)(const float* w, int64_t out, int64_t in, bool turned, float* u, int64_t begin, int64_t end);
   void (*forward)(const Conv& conv, const float* u, int64_t begin, int64_t end);    // blocks of tiles
   void (*gradient_tiles)(const WeightGradient& job, int64_t begin, int64_t end);    // tiles of the pass
   void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
   void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
+};
+
+struct ConvKernels {
+  int64_t (*plane)(int64_t rows, int64_t channels);  // floats of a plane of transformed values
+  Winograd tiles_of_2, tiles_of_4;
 
   void (*direct_weights)(const float* w, int64_t out, int64_t in, float* u);              // of the output alone
   void (*direct_forward)(const Direct& job, const float* u, int64_t begin, int64_t end);  // items: bands of the batch
