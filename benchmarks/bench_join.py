@@ -50,6 +50,22 @@ def further(row: dict[str, Any]) -> dict[str, float]:
     return {key: row["ratios"][name]["figures"] for name, key in names.items() if name in row["ratios"]}
 
 
+class Copy:
+    """A copy into memory that is there, of half as many bytes as a kernel has to read and write: it moves the same."""
+
+    def __init__(self, tensors: float, like: Tensor) -> None:
+        self.source = torch.randn(int(tensors / 2 * like.numel())).to(like.dtype)
+        self.target = torch.empty_like(self.source)
+
+    def __call__(self, _: int) -> None:
+        self.target.copy_(self.source)
+
+    def held_against(self, row: dict[str, Any], name: str) -> dict[str, float]:
+        """Bytes per second of a contender, and as a share of the copy's."""
+        own, copy = (2e-9 * self.source.nbytes / (1e-3 * row["contenders"][n]["figure"]) for n in (name, "copy"))
+        return {"gb_per_s": own, "copy_gb_per_s": copy, "share_of_copy": own / copy}
+
+
 def contiguous(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().contiguous().requires_grad_() for x in inputs]
 
@@ -91,10 +107,8 @@ def test_mean_join_forward(compare: Callable[..., None], dtype: torch.dtype, kin
     mask = make_mask(kind)
     inputs = [x.detach() for x in cases.join_inputs(dtype)[0]]
     fused = compiled(clean_mean_join)
-    tensors_moved = int(mask.sum()) / N + 1  # live branches read, output written
-    moved = tensors_moved * inputs[0].numel() * inputs[0].element_size()
-    source = torch.randn(int(tensors_moved / 2 * inputs[0].numel())).to(dtype)
-    target, out = torch.empty_like(source), torch.empty_like(inputs[0])
+    copy = Copy(int(mask.sum()) / N + 1, inputs[0])  # live branches read, output written
+    out = torch.empty_like(inputs[0])
     launch = launcher(resolve("bench", None, torch.device("cpu"), dtype)).join_forward
 
     with torch.no_grad():
@@ -106,21 +120,14 @@ def test_mean_join_forward(compare: Callable[..., None], dtype: torch.dtype, kin
             "eager": lambda i: eager_mean_join(inputs, mask),
             "compiled": lambda i: fused(inputs, mask),
             "kernel": lambda i: launch(out, inputs, mask, [], [], [], [], 0.0, 0, True),
-            "copy": lambda i: target.copy_(source),
+            "copy": copy,
         }
         if dtype != torch.float32:
             wide = [x.float() for x in inputs]
             contenders["ours_fp32"] = lambda i: fk.masked_mean_join(wide, mask)
 
         def extra(row: dict[str, Any]) -> dict[str, float]:
-            seconds = {name: 1e-3 * c["figure"] for name, c in row["contenders"].items()}
-            copied = 2 * source.numel() * source.element_size()
-            return {
-                "gb_per_s": 1e-9 * moved / seconds["kernel"],
-                "copy_gb_per_s": 1e-9 * copied / seconds["copy"],
-                "share_of_copy": (moved / seconds["kernel"]) / (copied / seconds["copy"]),
-                **further(row),
-            }
+            return copy.held_against(row, "kernel") | further(row)
 
         compare("join", f"masked_mean_join, forward, {label(dtype)}, {MASKS[kind]}", contenders, 60, extra=extra)
 
@@ -137,11 +144,16 @@ def gradients(function: Callable[..., Tensor], grad: Tensor, wanted: Sequence[Te
     ids=["fp32-all", "fp32-sample", "fp32-batch", "bf16-sample"],
 )
 def test_mean_join_training(compare: Callable[..., None], dtype: torch.dtype, kind: str) -> None:
-    """Forward and backward. A mask of one draw for the batch reaches ours as [K], the baselines as [K, N]."""
+    """Forward and backward. A mask of one draw for the batch reaches ours as [K], the baselines as [K, N].
+
+    Whatever computes this moves the live branches, the output, its gradient and K gradients: the copy says how fast
+    that can be on this machine.
+    """
     mask = make_mask(kind)
     own = mask[:, 0].clone() if kind == "batch" else mask
     inputs, grad = cases.join_inputs(dtype)
     fused = compiled(clean_mean_join)
+    copy = Copy(int(mask.sum()) / N + 2 + K, inputs[0])
     wide = [x.detach().float().requires_grad_() for x in inputs]
     wide_grad = grad.float()
 
@@ -149,6 +161,7 @@ def test_mean_join_training(compare: Callable[..., None], dtype: torch.dtype, ki
         "ours": lambda i: gradients(lambda: fk.masked_mean_join(inputs, own), grad, inputs),
         "eager": lambda i: gradients(lambda: eager_mean_join(inputs, mask), grad, inputs),
         "compiled": lambda i: gradients(lambda: fused(inputs, mask), grad, inputs),
+        "copy": copy,
     }
     expected = gradients(lambda: eager_mean_join(wide, mask), wide_grad, wide)
     for name in ("ours", "compiled"):
@@ -159,7 +172,7 @@ def test_mean_join_training(compare: Callable[..., None], dtype: torch.dtype, ki
         flat, flat_grad = contiguous(inputs), grad.contiguous()
         contenders["eager_nchw"] = lambda i: gradients(lambda: eager_mean_join(flat, mask), flat_grad, flat)
     what = f"masked_mean_join, forward + backward, {label(dtype)}, {MASKS[kind]}"
-    compare("join", what, contenders, 40, extra=further)
+    compare("join", what, contenders, 40, extra=lambda row: copy.held_against(row, "ours") | further(row))
 
 
 @DTYPES
