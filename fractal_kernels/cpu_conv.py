@@ -1,9 +1,10 @@
 """3x3 convolution, padding 1, in float32 on the CPU (csrc/cpu/conv.h): forward and both gradients.
 
 By Winograd's minimal filtering: F(4x4, 3x3), 36 products where the definition has 144, or F(2x2, 3x3), 16 where it has
-36, whichever is less work for the batch; as defined where there are few channels. Errors are within 3e-6 of the largest
-value for up to 256 channels and grow with the root of their number (tests/test_conv3x3.py); but Winograd's method makes
-NaN of all outputs of the tiles that read infinity. Measured against the library's: benchmarks/bench_conv.py.
+36, whichever is less work for the batch (so an image alone may have other last bits than in a batch); as defined where
+there are few channels. Errors are within 4e-6 of the largest value for up to 256 channels (a weight's gradient: 2**16
+pixels) and grow with the root of their number (tests/test_conv3x3.py); but Winograd's method makes NaN of all outputs
+of the tiles that read infinity. Measured against the library's: benchmarks/bench_conv.py.
 """
 
 from __future__ import annotations

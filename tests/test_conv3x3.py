@@ -14,7 +14,9 @@ from test_backends import machine_has, python
 from fractal_kernels import conv3x3, cpu_conv, tiny_conv
 
 THREADS = 2
-TOLERANCE = 3e-6  # of the largest value: 2**-24 for every operand, times the growth of transforms and of 256 channels
+# Of the largest value: 2**-24 for every operand, times the growth of transforms, and of sums over 256 channels or, in
+# the gradient of a weight, 2**16 pixels.
+TOLERANCE = 4e-6
 # batch, input channels, output channels, height, width
 SHAPES = [
     (0, 16, 32, 4, 4),
@@ -33,6 +35,7 @@ SHAPES = [
     (30, 64, 32, 3, 5),
     (26, 128, 128, 4, 4),
     (4, 1024, 16, 16, 16),
+    (64, 16, 16, 64, 64),
     (0, 3, 16, 4, 4),  # from here on: few channels
     (2, 1, 16, 1, 1),
     (1, 3, 48, 9, 5),
@@ -64,14 +67,15 @@ def operands(n, c, k, h, w):
 
 def against_the_definition(kernel, n, c, k, h, w):
     x, weight, grad = operands(n, c, k, h, w)
-    tolerance = TOLERANCE * max(1, c / 256, k / 256) ** 0.5
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     y64 = torch.conv2d(x64, w64, padding=1)
     dx64, dw64 = torch.autograd.grad(y64, (x64, w64), grad.double())
     full = torch.full((2 * k, 3, 3, c), float("nan")).permute(0, 3, 1, 2)
     y, dx = kernel.conv(x, weight), kernel.conv_backward(grad, x, weight, True, full[k:])
+    terms = {"y": c / 2**8, "dx": k / 2**8, "dw": n * h * w / 2**16}
     for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k:], dw64)):
         assert got.shape == want.shape
+        tolerance = TOLERANCE * max(1.0, terms[name]) ** 0.5
         error = (got - want.detach()).abs().max().item() if want.numel() else 0.0
         assert error <= tolerance * (want.abs().max().item() if want.numel() else 0.0), (name, error)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -97,7 +101,7 @@ def test_tiny(shape):
 def test_any_size(seed, cpu_conv_here):
     draw = random.Random(seed).randint
     channels = draw(1, 15) if seed % 3 == 0 else 16 * draw(1, 6)
-    against_the_definition(cpu_conv, draw(0, 5), channels, 16 * draw(1, 6), draw(1, 11), draw(1, 11))
+    against_the_definition(cpu_conv, draw(0, (5, 50)[seed % 2]), channels, 16 * draw(1, 6), draw(1, 11), draw(1, 11))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
@@ -116,10 +120,10 @@ def test_number_of_threads_changes_no_bit(shape, cpu_conv_here):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-@pytest.mark.parametrize(("c", "k"), [(3, 16), (16, 16), (32, 32)])
-def test_pixels_outside_the_image_are_zeros(c, k, cpu_conv_here):
-    """Also where their neighbours in memory are not numbers."""
-    n, h, w = 3, 5, 5
+@pytest.mark.parametrize(("c", "k", "h", "w"), [(3, 16, 5, 5), (16, 16, 5, 5), (32, 32, 5, 5), (32, 32, 27, 26)])
+def test_pixels_outside_the_image_are_zeros(c, k, h, w, cpu_conv_here):
+    """Also where their neighbours in memory are not numbers. The batch and one image of it have tiles of one size."""
+    n = 3
     x, weight, grad = operands(n, c, k, h, w)
     x[0], x[2], grad[0], grad[2] = (float("nan"),) * 4
     assert torch.equal(cpu_conv.conv(x, weight)[1:2], cpu_conv.conv(x[1:2], weight))

@@ -19,10 +19,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kBlockFloats = 1 << 17;  // of the inputs of a block: they stay in the second cache
-constexpr int64_t kPassFloats = 1 << 20;   // of a pass of the weight's gradient: they stay in the third
-constexpr int64_t kBandFloats = 6144;      // of the rows of a direct convolution: they stay in the first
-constexpr int64_t kMaxParts = 32;
+constexpr int64_t kBlockFloats =
+    1 << 17;  // of the inputs of a block: they stay in the second cache, if channels are few
+constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient: they stay in the third
+constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
+constexpr int64_t kLeastParts = 8, kMaxParts = 32;
 constexpr int64_t kTilesOfWeight = 32;
 constexpr int64_t kKept = 1 << 24;  // floats of a buffer that a thread keeps, at most
 
@@ -61,7 +62,8 @@ Conv make_conv(const Tensor& x, int64_t in, int64_t out) {
     conv.tiles = conv.N * ((conv.H + tile - 1) / tile) * conv.across;
     return conv.tiles * points(tile);
   };
-  // The fewer products; to transform a weight takes as long as kTilesOfWeight of them.
+  // The less work: a product for every tile and point, and a weight's transform takes as long as those of
+  // kTilesOfWeight.
   const int64_t of_4 = cut(4) + points(4) * kTilesOfWeight, of_2 = cut(2) + points(2) * kTilesOfWeight;
   if (of_4 < of_2) cut(4);
   return conv;
@@ -135,7 +137,7 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
   const int64_t largest = std::clamp<int64_t>(kBlockFloats / points(conv.tile) / conv.in, 32, 256),
                 threads = torch::stable::get_num_threads();
   conv.blocks = std::min(round_up((conv.tiles - 1) / largest + 1, threads), (conv.tiles - 1) / kRowsOfBlock + 1);
-  conv.block = round_up((conv.tiles - 1) / conv.blocks + 1, kRowsOfBlock) + kRowsOfBlock;
+  conv.block = round_up((conv.tiles - 1) / conv.blocks + 1, kRowsOfBlock);
   parallel(conv.blocks, [&](int64_t begin, int64_t end) { of.forward(conv, u.data, begin, end); });
 }
 
@@ -171,16 +173,17 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   if (few_channels(in)) return direct_weight(k, job.x, job.grad, dw);
   const int64_t tiles = job.x.tiles, of_tile = points(job.x.tile), size = of_tile * in * out,
                 floats = of_tile * (in + out);
-  // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer.
+  // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer, unless
+  // they are so few that cores would have none.
   const int64_t most = std::min(tiles * floats / (8 * size), kMaxParts);
-  for (job.parts = 1; 2 * job.parts <= most;) job.parts *= 2;
+  for (job.parts = 1; most >= kLeastParts && 2 * job.parts <= most;) job.parts *= 2;
   const Buffer sums(job.parts * size);
   job.sums = sums.data;
   if (job.parts == 1) {
     job.x.block = std::max<int64_t>(kPassFloats / floats, 64);
     sum_tiles(k, job, 0, tiles, [](int64_t items, const auto& f) { parallel(items, f); });
   } else {
-    job.x.block = kBlockFloats / floats;
+    job.x.block = std::max<int64_t>(kBlockFloats / floats, 64);
     parallel(job.parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         WeightGradient own = job;

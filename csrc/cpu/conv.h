@@ -11,10 +11,10 @@ constexpr int64_t kRowsOfBlock = 8;  // a block of tiles is a multiple, but for 
 
 // Winograd. A tile is T x T output pixels and the P x P input pixels under it, P = T + 2; P*P is the number of its
 // points after the transform, and everything between the transforms is as many matrix products.
-constexpr int points(int tile) { return (tile + 2) * (tile + 2); }
-// Of a panel of transformed weights at a point. In memory the points of a weight are this many rows apart: a power of
-// two would put them all into one set of the cache.
-constexpr int64_t weight_rows(int64_t channels) { return channels + 5; }
+static constexpr int points(int tile) { return (tile + 2) * (tile + 2); }
+// How many rows of a panel of transformed weights one point is from the next: a power of two would put all points of a
+// weight into one set of the cache.
+static constexpr int64_t weight_rows(int64_t channels) { return channels + 5; }
 
 struct Conv {
   int64_t N, H, W;
