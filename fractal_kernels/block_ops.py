@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, conv3x3, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
-from .library import _LIB, MAX_BRANCHES, Flags, accumulate_dtype, empty, pooled, to_layout
+from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
 
 _aten = torch.ops.aten
@@ -107,7 +107,7 @@ def _block_forward(
                 kept += rows.fixed(noises, row, weights, bits) if fixed else noises
         joined_here = rows.joins(row)
         if joined_here or (fixed and rows.keeps_join(row)):
-            pool = row == rows.rows - 1 and Flags(flags).pool
+            pool = row == rows.rows - 1 and flags & POOL
             target = empty(pooled(shape) if pool else shape, x, True)
             for i, segment, joined in joined_here:
                 norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
@@ -333,7 +333,7 @@ def _block_forward_fake(
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     size = (units, channels) if mean is None else (0,)
     out = [
-        empty(pooled(shape) if Flags(flags).pool else shape, x, True),
+        empty(pooled(shape) if flags & POOL else shape, x, True),
         x.new_empty(units, dtype=dtype),
         x.new_empty(size, dtype=dtype if mean is None else x.dtype),
         x.new_empty(size, dtype=dtype if mean is None else x.dtype),

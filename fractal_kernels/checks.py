@@ -88,21 +88,21 @@ def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None
         raise ValueError(f"{op}: expected {name} one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-_OPTIONS: dict[str, dict[str | None, Flags]] = {
-    "reduction": {"mean": Flags(0), "sum": Flags.SUM},
-    "activation": {"none": Flags(0), "branch": Flags.RELU_BRANCH, "output": Flags.RELU_OUTPUT},
-    "pool": {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER},
-    "stats": {"all": Flags(0), "live": Flags.STATS_LIVE},
+_OPTIONS: dict[str, dict[str | None, int]] = {
+    "reduction": {"mean": 0, "sum": int(Flags.SUM)},
+    "activation": {"none": 0, "branch": int(Flags.RELU_BRANCH), "output": int(Flags.RELU_OUTPUT)},
+    "pool": {None: 0, "before": int(Flags.POOL_BEFORE), "after": int(Flags.POOL_AFTER)},
+    "stats": {"all": 0, "live": int(Flags.STATS_LIVE)},
 }
 
 
 def join_options(op: str, reduction: str, activation: str, pool: str | None, stats: str) -> int:
     """The options of a join as the kernels' flags."""
-    flags = Flags(0)
+    flags = 0
     for (name, allowed), value in zip(_OPTIONS.items(), (reduction, activation, pool, stats), strict=True):
         choice(op, name, value, list(allowed))
         flags |= allowed[value]
-    return int(flags)
+    return flags
 
 
 def poolable(op: str, y: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["Flags", "accumulate_dtype", "empty", "is_channels_last", "to_layout"]
+__all__ = ["Flags", "accumulate_dtype", "empty", "in_one_layout", "to_layout"]
 
 MAX_BRANCHES = 8
 
@@ -29,9 +29,8 @@ class Flags(IntFlag):
     POOL_AFTER = 16
     STATS_LIVE = 32
 
-    @property
-    def pool(self) -> bool:
-        return bool(self & (Flags.POOL_BEFORE | Flags.POOL_AFTER))
+
+POOL = int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of plain integers: those of an enumeration take ten times as long
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,10 +71,16 @@ def _pixels(t: Tensor) -> int:
     return pixels
 
 
-def is_channels_last(tensors: Sequence[Tensor]) -> bool:
-    """The layout in which these tensors are processed: the one that most of them are in; channels last if both fit."""
+def in_one_layout(tensors: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """The tensors as a kernel can read them together (this list, if it can), and whether that is channels last.
+
+    It is the layout that most of them are in; channels last if both fit.
+    """
     last = sum(_fits(t, True) for t in tensors)
-    return last == len(tensors) or last >= sum(_fits(t, False) for t in tensors)
+    if last == len(tensors):
+        return tensors, True
+    channels_last = last >= sum(_fits(t, False) for t in tensors)
+    return [to_layout(t, channels_last) for t in tensors], channels_last
 
 
 def to_layout(t: Tensor, channels_last: bool) -> Tensor:
@@ -89,7 +94,7 @@ def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
     """An uninitialised dense tensor [N, C, *] of the dtype and device of ``like``."""
     if not channels_last:
         return like.new_empty(shape)
-    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+    return like.new_empty((shape[0], *shape[2:], shape[1])).permute(0, -1, *range(1, len(shape) - 1))
 
 
 def pooled(shape: Sequence[int]) -> tuple[int, ...]:
@@ -112,25 +117,22 @@ _LIB.define(
 )
 
 
+def _alloc_sums(ys: list[Tensor]) -> tuple[Tensor, Tensor]:
+    shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
+    return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
+
+
 def _alloc_stats(ys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
-    return (
-        ys[0].new_empty((k, channels), dtype=dtype),
-        ys[0].new_empty((k, channels), dtype=dtype),
-        ys[0].new_empty((k,), dtype=dtype),
-    )
+    mean, var = _alloc_sums(ys)
+    return mean, var, mean.new_empty(len(ys))
 
 
-def _alloc_join(ys: list[Tensor], flags: int) -> tuple[Tensor, bool]:
-    channels_last = is_channels_last(ys)
-    shape = pooled(ys[0].shape) if Flags(flags).pool else ys[0].shape
-    return empty(shape, ys[0], channels_last), channels_last
+def _alloc_join(ys: list[Tensor], flags: int, channels_last: bool) -> Tensor:
+    return empty(pooled(ys[0].shape) if flags & POOL else ys[0].shape, ys[0], channels_last)
 
 
-def _alloc_apply(grad: Tensor, ys: list[Tensor], branches: int) -> tuple[list[Tensor], bool]:
-    channels_last = is_channels_last(ys or [grad])
-    like = ys[0] if ys else grad
-    return [empty(like.shape, grad, channels_last) for _ in range(branches)], channels_last
+def _alloc_apply(grad: Tensor, like: Tensor, branches: int, channels_last: bool) -> list[Tensor]:
+    return [empty(like.shape, grad, channels_last) for _ in range(branches)]
 
 
 @torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
@@ -139,8 +141,8 @@ def _channel_stats(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple
     if ys[0].shape[1] == 0:
         out[2].zero_()
         return out
-    channels_last = is_channels_last(ys)
-    backends.launcher(backend).channel_stats(*out, [to_layout(y, channels_last) for y in ys], mask, channels_last)
+    ys, channels_last = in_one_layout(ys)
+    backends.launcher(backend).channel_stats(*out, ys, mask, channels_last)
     return out
 
 
@@ -156,10 +158,10 @@ def _join_forward(
     flags: int,
     backend: str,
 ) -> Tensor:
-    out, channels_last = _alloc_join(ys, flags)
+    ys, channels_last = in_one_layout(ys)
+    out = _alloc_join(ys, flags, channels_last)
     if out.numel() == 0:
         return out
-    ys = [to_layout(y, channels_last) for y in ys]
     backends.launcher(backend).join_forward(out, ys, mask, means, vars, weights, biases, eps, flags, channels_last)
     return out
 
@@ -177,11 +179,11 @@ def _join_backward_reduce(
     flags: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    sum_dz, sum_dzx, _ = _alloc_stats(ys)
+    sum_dz, sum_dzx = _alloc_sums(ys)
     if sum_dz.numel() == 0:
         return sum_dz, sum_dzx
-    channels_last = is_channels_last(ys)
-    ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
+    ys, channels_last = in_one_layout(ys)
+    grad = to_layout(grad, channels_last)
     backends.launcher(backend).join_backward_reduce(
         sum_dz, sum_dzx, grad, ys, mask, means, vars, weights, biases, eps, flags, channels_last
     )
@@ -203,10 +205,11 @@ def _join_backward_apply(
     flags: int,
     backend: str,
 ) -> list[Tensor]:
-    dys, channels_last = _alloc_apply(grad, ys, branches)
+    tensors, channels_last = in_one_layout(ys or [grad])
+    dys = _alloc_apply(grad, tensors[0], branches, channels_last)
     if dys[0].numel() == 0:
         return dys
-    ys, grad = [to_layout(y, channels_last) for y in ys], to_layout(grad, channels_last)
+    ys, grad = (tensors, to_layout(grad, channels_last)) if ys else ([], tensors[0])
     backends.launcher(backend).join_backward_apply(
         dys, grad, ys, mask, means, vars, weights, biases, sums, eps, flags, channels_last
     )
@@ -230,7 +233,7 @@ def _join_forward_fake(
     flags: int,
     backend: str,
 ) -> Tensor:
-    return _alloc_join(ys, flags)[0]
+    return _alloc_join(ys, flags, in_one_layout(ys)[1])
 
 
 @torch.library.register_fake("fractal_kernels::join_backward_reduce", lib=_LIB)
@@ -246,7 +249,7 @@ def _join_backward_reduce_fake(
     flags: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _alloc_stats(ys)[:2]
+    return _alloc_sums(ys)
 
 
 @torch.library.register_fake("fractal_kernels::join_backward_apply", lib=_LIB)
@@ -264,4 +267,5 @@ def _join_backward_apply_fake(
     flags: int,
     backend: str,
 ) -> list[Tensor]:
-    return _alloc_apply(grad, ys, branches)[0]
+    like = ys or [grad]
+    return _alloc_apply(grad, like[0], branches, in_one_layout(like)[1])

@@ -153,6 +153,14 @@ def test_one_value_per_channel(shape, backend):
             BatchNormReLU2d(3, track_running_stats=False).eval()(x)
 
 
+def test_empty_batch_keeps_running_statistics(backend):
+    mean, var = torch.randn(3), torch.rand(3)
+    before = mean.clone(), var.clone()
+    y = bn_relu(torch.empty(0, 3, 4, 4), None, None, mean, var, training=True, momentum=0.5, backend=backend)
+    assert y.shape == (0, 3, 4, 4)
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+
+
 def test_input_dimensions():
     with pytest.raises(ValueError, match="expected 4D input"):
         BatchNormReLU2d(3)(torch.randn(2, 3, 4))

@@ -23,7 +23,7 @@ from cases import (
 from conftest import GPU_BACKENDS, INTERPRETED
 
 from fractal_kernels import bn_relu_join, masked_mean_join
-from fractal_kernels.library import is_channels_last, to_layout
+from fractal_kernels.library import in_one_layout
 
 THREADS = 2
 GPU = True  # these tests run on a GPU's backends too: on one, under Triton's interpreter, or executed on the host
@@ -161,7 +161,7 @@ def test_output_keeps_layout(case, dtype, backend):
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channel_slice", "contiguous_slice"])
 def test_layouts_read_in_place(layout):
     (y,) = in_layouts([torch.randn(2, 3, 4, 5)], [layout])
-    assert to_layout(y, is_channels_last([y])) is y
+    assert in_one_layout([y])[0][0] is y
 
 
 # --- dropped branches --------------------------------------------------------------------------

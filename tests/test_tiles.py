@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, on_backend
 
-from fractal_kernels.library import Flags
+from fractal_kernels.library import POOL, Flags
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton_aot  # noqa: E402
@@ -98,7 +98,7 @@ def tensors(dtype, k, flags, channels_last, masked, norm, shape):
     """Outputs to be written and the arguments of both launchers."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     n, c, h, w = shape
-    small = (n, c, h // 2, w // 2) if flags.pool else shape
+    small = (n, c, h // 2, w // 2) if flags & POOL else shape
     ys = [torch.randn(shape).to(dtype, memory_format=form) for _ in range(k)]
     out, grad = (torch.randn(small).to(dtype, memory_format=form) for _ in range(2))
     dys = [torch.empty_like(y) for y in ys]
@@ -182,14 +182,14 @@ def test_machine_code_of_candidates(setting, capability, monkeypatch):
     dtype, k, flags, channels_last, channels = setting
     for kernel, (_, args) in tensors(dtype, k, flags, channels_last, True, True, (2, channels, 32, 32)).items():
         widest = []
-        options = config.candidates(kernel, k, 4 if flags.pool else 1, dtype.itemsize, channels, channels_last)
+        options = config.candidates(kernel, k, 4 if flags & POOL else 1, dtype.itemsize, channels, channels_last)
         for choice in {o[:3]: o for o in options}.values():  # the grid is not compiled
             monkeypatch.setattr(config, "look_up", lambda case, choice=choice: choice)
             with triton_aot.compiling(capability) as codes:
                 getattr(LAUNCHERS, kernel)(*args)
             (code,) = codes
             assert code.name == kernel and code.spills == code.stack == code.double == 0, (setting, choice, code)
-            bound = 255 if flags.pool or k > 3 else config.MOST_REGISTERS[kernel]
+            bound = 255 if flags & POOL or k > 3 else config.MOST_REGISTERS[kernel]
             assert code.registers <= bound, (setting, choice, code)
             widest.append(max(_width(load) for load in code.loads))
         assert len(widest) > 1 and widest[0] <= min(widest), (setting, kernel, widest)

@@ -22,7 +22,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import fractal_kernels.triton as launchers
-from fractal_kernels.library import Flags
+from fractal_kernels.library import POOL, Flags
 
 KERNELS = (
     "channel_stats", "merge_stats", "join_forward", "join_backward_reduce", "merge_sums", "join_backward_apply",
@@ -125,7 +125,7 @@ def call_all(
 
     n, c, h, w = SHAPE
     ys, dys = ([tensor(SHAPE) for _ in range(k)] for _ in range(2))
-    out = tensor((n, c, h // 2, w // 2) if flags.pool else SHAPE)
+    out = tensor((n, c, h // 2, w // 2) if flags & POOL else SHAPE)
     vectors = [torch.empty(c) for _ in range(k)]
     norm = (vectors, vectors, vectors, vectors)
     mask = torch.ones(k, n, dtype=torch.bool) if masked else None

@@ -167,21 +167,27 @@ def normalised_join(
     params: list[Tensor] = []
     affine = k if any(t is not None for t in (*weights, *biases)) else 0
     if affine:
-        params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w.to(dtype) for w in weights]
-        params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b.to(dtype) for b in biases]
+        params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w for w in weights]
+        params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b for b in biases]
     if not batch_stats:
-        params += [t.to(dtype) for t in (*running_means, *running_vars) if t is not None]
-    params = [p.contiguous() for p in params]
+        params += [t for t in (*running_means, *running_vars) if t is not None]
+    params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]
     options = (k, affine, batch_stats, eps, flags, backend, synchronised)
     out, mean, var, count = _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-untyped-call]
     if training and running_means[0] is not None:
         with torch.no_grad():
-            keep = (count > 0).to(count.dtype) * momentum  # a dropped branch keeps its running statistics
-            unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
-            for i, (running_mean, running_var) in enumerate(zip(running_means, running_vars, strict=True)):
-                assert running_mean is not None and running_var is not None  # checked by the caller
-                running_mean.lerp_(mean[i].to(running_mean.dtype), keep[i].to(running_mean.dtype))
-                running_var.lerp_(unbiased[i].to(running_var.dtype), keep[i].to(running_var.dtype))
+            keep: Sequence[float | Tensor]
+            of_all = mask is None or (mask.dim() == 2 and not flags & Flags.STATS_LIVE)
+            if of_all and per_channel > 1 and not synchronised:
+                unbiased = var * (per_channel / (per_channel - 1))
+                keep = momentum.expand(k).unbind() if isinstance(momentum, Tensor) else [momentum] * k
+            else:  # a branch without values keeps its running statistics
+                unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
+                keep = ((count > 0).to(count.dtype) * momentum).unbind()
+            for running, batch in ((running_means, mean), (running_vars, unbiased)):
+                for old, new, weight in zip(running, batch.unbind(), keep, strict=True):
+                    assert old is not None  # checked by the caller
+                    old.lerp_(new.to(old.dtype), weight.to(old.dtype) if isinstance(weight, Tensor) else weight)
     return out  # type: ignore[no-any-return]
 
 
@@ -249,7 +255,7 @@ def bn_relu_join(
     if pool is not None:
         checks.poolable(op, ys[0])
     eps = checks.eps(op, eps)
-    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, eps, int(flags), backend, group)
+    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, eps, flags, backend, group)
 
 
 def drop_path_mask(

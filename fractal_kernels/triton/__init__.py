@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..library import Flags
+from ..library import POOL, Flags
 from . import config, kernels
 
 __all__ = ["channel_stats", "join_backward_apply", "join_backward_reduce", "join_forward"]
@@ -69,16 +69,16 @@ class _Call:
         edges: bool = False,
     ) -> None:
         f = Flags(flags)
-        self.pool, self.channels = f.pool, y.shape[1]
-        height, width = (y.shape[2], y.shape[3]) if f.pool else (1, _pixels(y))
-        step, more = (2, int(edges)) if f.pool else (1, 0)  # edges: windows that are cut off too
+        self.pool, self.channels = bool(flags & POOL), y.shape[1]
+        height, width = (y.shape[2], y.shape[3]) if self.pool else (1, _pixels(y))
+        step, more = (2, int(edges)) if self.pool else (1, 0)  # edges: windows that are cut off too
         width_out, height_out = (width + more) // step, (height + more) // step
         self.count = y.shape[0] * height_out * width_out
         if height * width > MOST:
             raise ValueError(f"triton: expected at most {MOST} pixels in a sample, got inputs of shape {list(y.shape)}")
         # No division by zero on the device where there is nothing to do.
         self.geometry = (self.count, max(height_out * width_out, 1), max(width_out, 1), height, width, self.channels)
-        what = (kernel, y.dtype, branches, flags & config.POOL, mask is not None, norm, channels_last, self.channels)
+        what = (kernel, y.dtype, branches, flags & POOL, mask is not None, norm, channels_last, self.channels)
         self.case = config.Case(*what, bits=self.count.bit_length(), device=y.device.index)
         self.mask = y if mask is None else mask.view(torch.uint8)
         self.mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.dim() == 2 else 0)

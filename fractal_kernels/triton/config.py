@@ -19,7 +19,6 @@ REDUCERS_PER_PROCESSOR = 2
 ELEMENTWISE = ("join_forward", "join_backward_apply")
 # Values of a thread, and branches: twice the values still spill no register.
 MOST_DOUBLED = {"join_forward": (24, 8), "join_backward_apply": (16, 4)}
-POOL = int(Flags.POOL_BEFORE | Flags.POOL_AFTER)
 POOLS = {0: "no_pool", int(Flags.POOL_BEFORE): "pool_before", int(Flags.POOL_AFTER): "pool_after"}
 
 
