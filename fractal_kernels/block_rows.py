@@ -28,11 +28,8 @@ def ranges_are_faster(x: Tensor, channels: int) -> bool:
 
 
 def wide_is_faster(in_channels: int, ours: bool) -> bool:
-    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py).
-
-    Ours do: most shapes gain by it, the others lost up to an eighth. The library's lose more where they are large.
-    """
-    return ours or in_channels < 128
+    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
+    return in_channels < (256 if ours else 128)
 
 
 class Segment(NamedTuple):

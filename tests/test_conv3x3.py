@@ -43,7 +43,7 @@ SHAPES = [
     (40, 3, 48, 17, 15),  # the gradient of the weight in parts
     (2, 15, 80, 40, 70),  # and in bands of few rows
 ]
-TINY = [(16, 256, 32, 2, 2), (1, 300, 7, 2, 2), (5, 256, 256, 2, 2)]
+TINY = [(16, 512, 32, 2, 2), (1, 600, 7, 2, 2), (5, 512, 512, 2, 2)]
 
 
 @pytest.fixture
@@ -137,17 +137,17 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
     def weight(k, c):
         return torch.randn(k, 3, 3, c).permute(0, 3, 1, 2)
 
-    x = images(2, 256, 2, 2)
-    assert conv3x3.kernel(x, weight(4, 256), "cpu") is tiny_conv
+    x = images(2, 512, 2, 2)
+    assert conv3x3.kernel(x, weight(4, 512), "cpu") is tiny_conv
     assert conv3x3.kernel(images(2, 32, 4, 4), weight(16, 32), "cpu") is cpu_conv
     assert conv3x3.kernel(images(2, 3, 4, 4), weight(16, 3), "cpu") is cpu_conv
     for other_x, other_weight, backend in (
         (images(2, 32, 4, 4), weight(16, 32), "reference"),
-        (x, weight(4, 256), "reference"),
-        (x.contiguous(), weight(16, 256), "cpu"),
-        (x, weight(16, 256).contiguous(), "cpu"),
-        (x.double(), weight(16, 256).double(), "cpu"),
-        (x.bfloat16(), weight(16, 256).bfloat16(), "cpu"),
+        (x, weight(4, 512), "reference"),
+        (x.contiguous(), weight(16, 512), "cpu"),
+        (x, weight(16, 512).contiguous(), "cpu"),
+        (x.double(), weight(16, 512).double(), "cpu"),
+        (x.bfloat16(), weight(16, 512).bfloat16(), "cpu"),
         (images(2, 32, 4, 4), weight(20, 32), "cpu"),
         (images(2, 36, 4, 4), weight(16, 36), "cpu"),
     ):
@@ -177,7 +177,7 @@ def test_wrong_operands_are_refused(wrong, words, cpu_conv_here):
         torch.ops.fractal_kernels_cpu.conv3x3_weight(weight, x, y[:1])
 
 
-@pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((256, 256), 4)])
+@pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((512, 512), 4)])
 def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_backend):
     torch.manual_seed(0)
     net = fractalnet.FractalNet(5, 3, widths, image_size=size)
