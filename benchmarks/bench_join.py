@@ -1,4 +1,5 @@
-"""Joins of three branches [32, 64, 32, 32], channels_last, against eager and compiled PyTorch and a copy."""
+"""Joins of three branches [32, 64, 32, 32], channels_last, against eager and compiled PyTorch and a copy; and the
+column step, a convolution of such a branch."""
 
 from __future__ import annotations
 
@@ -218,3 +219,32 @@ def test_bn_relu_join_training(compare: Callable[..., None], dtype: torch.dtype)
         )
     what = f"bn_relu_join in training, forward + backward, {label(dtype)}, {MASKS['sample']}"
     compare("join", what, contenders, 30, extra=further)
+
+
+def test_conv_bn_relu_training(compare: Callable[..., None]) -> None:
+    """3x3 convolution from 64 to 64 channels, batch norm in training and ReLU, forward and backward."""
+    x, grad = cases.join_inputs(torch.float32, branches=1)
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(C, C, 3, 3, generator=generator) / C).to(memory_format=torch.channels_last).requires_grad_()
+    norms = [nn.BatchNorm2d(C) for _ in range(3)]
+
+    def wanted(norm: nn.BatchNorm2d) -> list[Tensor]:
+        return [*x, weight, norm.weight, norm.bias]
+
+    def state(norm: nn.BatchNorm2d) -> list[Tensor | None]:
+        return [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+
+    def ours(norm: nn.BatchNorm2d) -> Tensor:
+        return fk.conv_bn_relu(x[0], weight, *state(norm), training=True)
+
+    def eager(norm: nn.BatchNorm2d) -> Tensor:
+        return torch.batch_norm(torch.conv2d(x[0], weight, padding=1), *state(norm), True, 0.1, 1e-5, True).relu()
+
+    fused = compiled(eager)
+    contenders = {
+        "ours": lambda i: gradients(lambda: ours(norms[0]), grad, wanted(norms[0])),
+        "eager": lambda i: gradients(lambda: eager(norms[1]), grad, wanted(norms[1])),
+        "compiled": lambda i: gradients(lambda: fused(norms[2]), grad, wanted(norms[2])),
+    }
+    hold_together("ours, conv_bn_relu", contenders["ours"](0), contenders["eager"](0), 1e-3)
+    compare("join", "conv_bn_relu in training, forward + backward, fp32, 64 to 64 channels", contenders, 30)

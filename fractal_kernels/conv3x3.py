@@ -17,7 +17,7 @@ class Kernel(Protocol):
     def conv(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
     def conv_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor
+        self, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor | None
     ) -> Tensor | None: ...
 
 

@@ -9,8 +9,6 @@ of the tiles that read infinity. Measured against the library's: benchmarks/benc
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -22,19 +20,18 @@ _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 
 
-@cache
-def _compiled() -> bool:
-    module = backends.extension()[0]
-    return module is not None and module.simd_in_use() != "baseline" and hasattr(_OPS, "conv3x3")
+_module = backends.extension()[0]
+# At import: torch.compile cannot trace the module.
+_HERE = _module is not None and _module.simd_in_use() != "baseline" and hasattr(_OPS, "conv3x3")
 
 
 def computes(dtype: torch.dtype, channels: int, backend: str) -> bool:
     """Whether a convolution of this dtype to this many channels is here, if its operands are in channels_last."""
-    return backend == "cpu" and dtype == torch.float32 and channels % 16 == 0 and _compiled()
+    return backend == "cpu" and dtype == torch.float32 and channels % 16 == 0 and _HERE
 
 
 def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether this case is here; an image has up to 16 channels or a multiple of them."""
+    """Whether this case is here; an image has fewer than 16 channels or a multiple of them."""
     return (
         computes(x.dtype, weight.shape[0], backend)
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
@@ -49,9 +46,10 @@ def conv(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor) -> Tensor | None:
-    """The gradient of x; the weight's is written into ``dweight``, a tensor or slice in the weight's layout."""
-    _OPS.conv3x3_weight.default(dweight, x, grad)
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor | None) -> Tensor | None:
+    """The gradient of x; the weight's is written into ``dweight``, if any: a tensor or slice in the weight's layout."""
+    if dweight is not None:
+        _OPS.conv3x3_weight.default(dweight, x, grad)
     if not needs_x:
         return None
     if x.shape[1] % 16:

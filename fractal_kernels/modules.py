@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checks, sync
+from . import backends, checks, sync
 from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
+from .ops.conv import conv2d_3x3
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
 
 __all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin", "sync_batch_norm"]
@@ -93,8 +94,26 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         )
 
 
+class StepConv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` that runs as in :func:`conv_bn_relu`: of :class:`ConvBNReLU` and ``fuse``."""
+
+    def _get_name(self) -> str:
+        return "Conv2d"
+
+    @staticmethod
+    def may_be_ours(conv: nn.Conv2d) -> bool:
+        ones = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
+        return ones and conv.kernel_size == (3, 3) and conv.bias is None and conv.padding_mode == "zeros"
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight  # once: it may be parametrised
+        if not self.may_be_ours(self) or input.dim() != 4:
+            return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return]
+        return conv2d_3x3(input, weight, backends.resolve("conv_bn_relu", None, input.device, input.dtype))
+
+
 class ConvBNReLU(nn.Module):
-    """Conv2d, then :class:`BatchNormReLU2d`: the column step, with the sub-modules ``conv`` and ``bn``.
+    """:func:`conv_bn_relu` as a module, with the sub-modules ``conv`` and ``bn``, a :class:`BatchNormReLU2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of ``torch.nn.Conv2d``.
@@ -121,7 +140,7 @@ class ConvBNReLU(nn.Module):
         track_running_stats: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats)
 
     def forward(self, x: Tensor) -> Tensor:

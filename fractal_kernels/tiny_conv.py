@@ -20,11 +20,11 @@ def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether this case is here: 2x2 images and enough channels for matrix products, the CPU backend, float32."""
     return (
         backend == "cpu"
-        and x.shape[2:] == (2, 2)
         and weight.shape[1] >= 512  # measured
         and x.dtype == torch.float32
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.permute(0, 2, 3, 1).is_contiguous()
+        and x.shape[2:] == (2, 2)  # last: torch.export must not see other cases depend on it
     )
 
 
@@ -54,10 +54,23 @@ def conv(x: Tensor, weight: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor) -> Tensor | None:
-    """The gradient of x; the weight's is written into ``dweight``, a tensor or slice in the weight's layout."""
+def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor | None) -> Tensor | None:
+    """The gradient of x; the weight's is written into ``dweight``, if any: a tensor or slice in the weight's layout."""
+    if dweight is not None:
+        _gradient_of_weight(grad, x, dweight)
+    if not needs_x:
+        return None
     n, o, i = x.shape[0], weight.shape[0], x.shape[1]
     g, b = _flat(grad), _flat(weight)
+    dx = x.new_zeros((n, 2, 2, i))
+    out = dx.view(n, 4 * i)
+    for pixel, _, columns, taps in _products(i):
+        out[:, columns].addmm_(g[:, pixel * o : (pixel + 1) * o], b[:, taps])
+    return dx.permute(0, 3, 1, 2)
+
+
+def _gradient_of_weight(grad: Tensor, x: Tensor, dweight: Tensor) -> None:
+    o, i = dweight.shape[:2]
     images, grads, taps_out = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), dweight.permute(0, 2, 3, 1)
     for ky in range(3):
         for kx in range(3):
@@ -66,10 +79,3 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweigh
             seen = slice(rows.start + ky - 1, rows.stop + ky - 1), slice(columns.start + kx - 1, columns.stop + kx - 1)
             pixels = grads[:, rows, columns].reshape(-1, o), images[:, seen[0], seen[1]].reshape(-1, i)
             torch.mm(pixels[0].t(), pixels[1], out=taps_out[:, ky, kx])
-    if not needs_x:
-        return None
-    dx = x.new_zeros((n, 2, 2, i))
-    out = dx.view(n, 4 * i)
-    for pixel, _, columns, taps in _products(i):
-        out[:, columns].addmm_(g[:, pixel * o : (pixel + 1) * o], b[:, taps])
-    return dx.permute(0, 3, 1, 2)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fractal_kernels import masked_mean_join
+from fractal_kernels import backends, masked_mean_join
+from fractal_kernels.ops.conv import conv2d_3x3
 from fractal_kernels.schedule import Unit, everything, plan
 
 from .fused import ACTIVATIONS, Block, as_conv
@@ -229,7 +230,8 @@ class ComposedBlock(Block):
     def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None) -> Tensor:
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""
         z = x if samples is None else x.index_select(0, samples)
-        y = F.conv2d(z, unit.weight, padding=1)
+        z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
+        y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
         if unit.weight_1x1 is not None:
             y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
         if unit.conv_bias is not None:

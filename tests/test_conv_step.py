@@ -1,0 +1,207 @@
+"""The convolution of the column step on the CPU: conv_bn_relu, its module, fuse(), composed blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import fractalnet
+import pytest
+import torch
+import torch.nn.functional as F
+from test_conv3x3 import cpu_conv_here  # noqa: F401  a fixture
+from torch import nn
+
+import fractal_kernels as fk
+from fractal_kernels import conv3x3
+
+pytestmark = pytest.mark.usefixtures("cpu_conv_here")
+LAST = torch.channels_last
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The kernels that were chosen, one for every forward and backward of a convolution."""
+    choose, chosen = conv3x3.kernel, []
+
+    def kernel(*operands):
+        chosen.append(choose(*operands))
+        return chosen[-1]
+
+    monkeypatch.setattr(conv3x3, "kernel", kernel)
+    return chosen
+
+
+def operands(n=4, c=16, k=32, size=9, memory_format=LAST):
+    torch.manual_seed(0)
+    x = torch.randn(n, c, size, size).to(memory_format=memory_format).requires_grad_()
+    weight = (torch.randn(k, c, 3, 3) / c).to(memory_format=memory_format).requires_grad_()
+    return x, weight
+
+
+def step(x, weight, training=True):
+    stats = torch.zeros(weight.shape[0]), torch.ones(weight.shape[0])
+    return fk.conv_bn_relu(x, weight, None, None, *stats, training)
+
+
+def expected(x, weight, training=True):
+    stats = torch.zeros(weight.shape[0]).double(), torch.ones(weight.shape[0]).double()
+    return F.batch_norm(F.conv2d(x.double(), weight.double(), padding=1), *stats, training=training).relu()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_equals_the_definition(training, needs, used):
+    x, weight = operands()
+    x.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
+    y, want = step(x, weight, training), expected(x, weight, training)
+    assert y.is_contiguous(memory_format=LAST)
+    grad = torch.randn_like(y)
+    leaves = [t for t in (x, weight) if t.requires_grad]
+    got = torch.autograd.grad(y, leaves, grad)
+    for a, b in zip((y, *got), (want, *torch.autograd.grad(want, leaves, grad.double())), strict=True):
+        assert float((a - b).detach().norm()) <= 1e-5 * float(b.detach().norm())
+    assert used and all(used)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: operands(memory_format=torch.contiguous_format),
+        lambda: operands(c=20, k=20),
+        lambda: [t.detach().double().requires_grad_() for t in operands()],
+    ],
+    ids=["contiguous", "20 channels", "float64"],
+)
+def test_is_the_library_s_elsewhere(case, used):
+    x, weight = case()
+    y, want = step(x, weight), expected(x, weight)
+    assert not any(used)
+    assert y.stride() == F.conv2d(x, weight, padding=1).stride()
+    assert float((y - want).detach().norm()) <= 1e-5 * float(want.detach().norm())
+
+
+def test_one_channel_keeps_the_layout():
+    """Images of one channel are in both layouts; what follows is to stay contiguous where the model is."""
+    x, weight = operands(c=1, memory_format=torch.contiguous_format)
+    assert step(x, weight).is_contiguous()
+
+
+def test_autocast_is_the_library_s():
+    x, weight = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert step(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("channels", [16, 20])
+def test_operators(channels):
+    """Schemas, fakes and layouts, also of a case that the operators leave to the library."""
+    x, weight = (t.detach() for t in operands(c=channels, k=2 * channels))
+    ops, grad = torch.ops.fractal_kernels, torch.randn(4, 2 * channels, 9, 9).to(memory_format=LAST)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.conv3x3.default, (x, weight, "cpu"), test_utils=checks)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(ops.conv3x3_backward.default, (grad, x, weight, *needs, "cpu"), test_utils=checks)
+
+
+def test_compiles_without_graph_breaks():
+    x, weight = operands()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x, weight).square().sum(), (x, weight)) for f in (step, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_module_and_fuse(used):
+    torch.manual_seed(0)
+    eager = nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1)
+    ).to(memory_format=LAST)
+    fused, module = copy.deepcopy(eager), fk.ConvBNReLU(16, 32).to(memory_format=LAST)
+    assert fk.fuse(fused).fused == ["1"]
+    module.conv.load_state_dict(eager[0].state_dict())
+    assert repr(fused[0]) == repr(eager[0]) and type(fused[3]) is nn.Conv2d
+    x, _ = operands()
+    want = eager[:3](x)
+    want.square().sum().backward()
+    for net in (fused[:3], module):
+        used.clear()
+        y = net(x)
+        y.square().sum().backward()
+        assert used and all(used)
+        assert torch.allclose(y, want, atol=1e-4)
+        own, theirs = next(net.parameters()).grad, eager[0].weight.grad
+        assert float((own - theirs).norm()) <= 1e-3 * float(theirs.norm())  # a ReLU may differ
+    assert list(fused.state_dict()) == list(eager.state_dict())
+
+
+def test_fuse_finds_what_it_made_a_leaf():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = fk.ConvBNReLU(3, 16)
+            self.conv, self.bn, self.relu = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(self.step(x))))
+
+    net = Net()
+    assert fk.fuse(net) == (["bn"], [])
+    assert type(net.conv) is type(net.step.conv)
+    assert fk.fuse(net) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.randn(2, 256, 2, 2), "expected input"),
+        (torch.randn(2, 16, 4, 4), "expected input"),
+        (torch.randn(2, 512, 4, 4).bfloat16(), "type"),
+        (torch.randn(2, 512, 0, 4), "Kernel size"),
+    ],
+    ids=["tiny", "channels", "dtype", "no pixels"],
+)
+def test_the_library_reports_wrong_operands(x, words):
+    conv = fk.ConvBNReLU(512, 512).to(memory_format=LAST).conv
+    with pytest.raises(RuntimeError, match=words):
+        conv(x.to(memory_format=LAST))
+
+
+def test_meta_tensors_and_dynamic_sizes():
+    module = fk.ConvBNReLU(16, 16).to(memory_format=LAST)
+    dynamic = {"x": {2: torch.export.Dim("h", min=2, max=64)}}
+    exported = torch.export.export(
+        module.eval(), (torch.randn(2, 16, 8, 8).to(memory_format=LAST),), dynamic_shapes=dynamic
+    )
+    x = torch.randn(2, 16, 11, 8).to(memory_format=LAST)
+    assert torch.equal(exported.module()(x), module(x))
+    assert module.to("meta")(torch.randn(2, 16, 8, 8, device="meta")).shape == (2, 16, 8, 8)
+
+
+def test_parametrised_weight_is_computed_once():
+    conv = fk.ConvBNReLU(16, 16).to(memory_format=LAST).conv
+    calls = []
+
+    class Twice(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(conv, "weight", Twice())
+    calls.clear()
+    conv(torch.randn(2, 16, 8, 8).to(memory_format=LAST))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST], ids=str)
+def test_composed_blocks_have_it(memory_format, used, monkeypatch):
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 2, (32, 32), image_size=8, activation="silu").to(memory_format=memory_format)
+    path, x, results = net.sample_path(6, torch.Generator().manual_seed(0)), torch.randn(6, 3, 8, 8), []
+    for library in (False, True):
+        net.zero_grad()
+        if library:
+            monkeypatch.setattr(conv3x3, "kernel", lambda *_: None)
+        net(x, path=path).square().sum().backward()
+        results.append([p.grad.clone() for p in net.parameters()])
+    assert used and all(used)
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
