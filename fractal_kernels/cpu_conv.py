@@ -19,7 +19,6 @@ __all__ = ["computes", "conv", "conv_backward", "fits"]
 _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 
-
 _module = backends.extension()[0]
 # At import: torch.compile cannot trace the module.
 _HERE = _module is not None and _module.simd_in_use() != "baseline" and hasattr(_OPS, "conv3x3")

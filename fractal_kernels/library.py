@@ -30,7 +30,7 @@ class Flags(IntFlag):
     STATS_LIVE = 32
 
 
-POOL = int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of plain integers: those of an enumeration take ten times as long
+POOL = int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # a plain integer: operators of an enumeration are Python code
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
