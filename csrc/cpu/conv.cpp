@@ -19,8 +19,8 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kBlockFloats =
-    1 << 17;  // of the inputs of a block: they stay in the second cache, if channels are few
+// Of the inputs of a block: they stay in the second cache, if channels are few.
+constexpr int64_t kBlockFloats = 1 << 17;
 constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient: they stay in the third
 constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
 constexpr int64_t kLeastParts = 8, kMaxParts = 32;
