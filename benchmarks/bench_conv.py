@@ -2,7 +2,7 @@
 
 The figures behind `fits` in fractal_kernels/tiny_conv.py and cpu_conv.py, and `wide_is_faster` in
 fractal_kernels/block_rows.py. Every figure is of forward and backward, without the gradient of an image. Kept in
-results/conv: make bench ARGS="-k bench_conv --output benchmarks/results/conv/avx2.json".
+results/conv: make bench ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json".
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import backends, checks, sync
 from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
-from .ops.conv import conv2d_3x3
+from .ops.conv import conv2d_3x3, is_plain_3x3
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
 
 __all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin", "sync_batch_norm"]
@@ -102,8 +102,8 @@ class StepConv2d(nn.Conv2d):
 
     @staticmethod
     def may_be_ours(conv: nn.Conv2d) -> bool:
-        ones = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
-        return ones and conv.kernel_size == (3, 3) and conv.bias is None and conv.padding_mode == "zeros"
+        options = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias
+        return is_plain_3x3(*options) and conv.padding_mode == "zeros"
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight  # once: it may be parametrised

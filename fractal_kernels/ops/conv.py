@@ -13,7 +13,7 @@ from .. import backends, checks, conv3x3
 from ..library import _LIB, empty, to_layout
 from .bn_relu import bn_relu
 
-__all__ = ["conv2d_3x3", "conv_bn_relu"]
+__all__ = ["conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
 
 _OPS = torch.ops.fractal_kernels
 _ONE, _NONE = [1, 1], [0, 0]
@@ -74,6 +74,11 @@ class _Conv3x3(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         dx, dweight = _OPS.conv3x3_backward(grad, x, weight, needs_x, needs_weight, ctx.backend)
         return dx if needs_x else None, dweight if needs_weight else None, None
+
+
+def is_plain_3x3(size: object, stride: object, padding: object, dilation: object, groups: int, bias: object) -> bool:
+    """Whether :func:`conv2d_3x3` is the convolution of these arguments."""
+    return size == (3, 3) and stride == padding == dilation == (1, 1) and groups == 1 and bias is None
 
 
 def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -163,8 +168,7 @@ def conv_bn_relu(
                     f"{op}: expected x of at least {reach} padded pixels for conv_weight {list(w.shape)}, got "
                     f"{list(x.shape)} with padding {padding}"
                 )
-    ones = stride == padding == dilation == (1, 1) and groups == 1
-    if ones and w.shape[2:] == (3, 3) and conv_bias is None:
+    if is_plain_3x3(tuple(w.shape[2:]), stride, padding, dilation, groups, conv_bias):
         y = conv2d_3x3(x, w, backends.resolve(op, backend, x.device, x.dtype))
     else:
         y = F.conv2d(x, w, conv_bias, stride, padding, dilation, groups)
