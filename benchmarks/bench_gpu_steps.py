@@ -1,15 +1,19 @@
 """Training steps of the paper's networks on a GPU: graphed and not, against eager and compiled networks.
 
-Run with ``pytest benchmarks/bench_gpu_steps.py -m gpu``. The rows that matter most come first: a round has a limit.
-Contenders of a row: "ours", graphed steps on the CUDA kernels; "triton", the same on Triton's; "ungraphed" ones;
-"eager", the network as public code has it, in channels_last with masks drawn on the device; "compiled", torch.compile
-of a clean dense network that takes the masks; and "compiled_graphs", the same with torch.compile's own CUDA graphs.
+Run with ``pytest benchmarks/bench_gpu_steps.py -m gpu``. The rows that matter most come first, and of each kind those
+that compile for minutes after the others: a round has a limit. "ours", graphed steps on the CUDA kernels, is in every
+row. Against eager: "triton", the same on Triton's kernels; "ungraphed" steps; "eager", the network as public code has
+it, in channels_last with masks drawn on the device. Against compiled code: "compiled", torch.compile of a clean dense
+network that takes the masks; "compiled_graphs", with torch.compile's own CUDA graphs; "ours_compiled", our network with
+those instead of ours. Autotuned: "compiled_max", the dense network again, the headline's networks alone. The report
+puts the rows of a step together.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,17 +33,29 @@ from fractal_kernels import use_backend
 pytestmark = [pytest.mark.gpu, pytest.mark.keep_compiled]
 DEVICE = "cuda"
 OURS = {"ours": "cuda", "triton": "triton"}  # contenders, and their backends
-MODES = {"compiled": "default", "compiled_graphs": "reduce-overhead"}
+# Contenders, and torch.compile's modes.
+MODES = {"compiled": "default", "compiled_graphs": "reduce-overhead", "compiled_max": "max-autotune"}
+OWN_MODE = "reduce-overhead"
+AGAINST = {
+    "eager": ("triton", "ungraphed", "eager"),
+    "compiled": ("ours_compiled", "compiled", "compiled_graphs"),
+    "autotuned": ("compiled_max",),
+}
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of a loss, after layers of that precision
+GRADIENTS = 1e-2  # of all of them in float32, as one vector
 BATCHES = {"fractalnet20": (100, 1024), "fractalnet40": (100, 1024), "fractalnet34": (64,)}
 # Batches and precisions of the headline, then the others.
 CELLS = [
-    (name, batch, precision)
+    [(name, batch, precision) for name in GPU_NETS for batch in BATCHES.get(name, (100,)) if (batch > 100) == large]
     for precision in ("bf16", "fp32", "fp16")
     for large in (False, True)
-    for name in GPU_NETS
-    for batch in BATCHES.get(name, (100,))
-    if (batch > 100) == large
+]
+ROWS = [
+    (*cell, drop_path, against)
+    for cells in CELLS
+    for against in AGAINST
+    for cell in (cells if against != "autotuned" else [c for c in CELLS[0] if c in cells and c[0] in BATCHES])
+    for drop_path in ("mixture", "off")
 ]
 
 
@@ -62,6 +78,7 @@ class Nets:
         self.full = self.dense.full_masks().to(DEVICE)
         self.steps: dict[str, GraphedStep] = {}  # captured once for both kinds of drop-path
         self.compiled = {name: torch.compile(self.dense, fullgraph=True, mode=mode) for name, mode in MODES.items()}
+        self.own = torch.compile(self.ours, mode=OWN_MODE)
 
     def gate(self) -> None:
         """The forms agree in float32, with everything kept and on drawn paths, before anything is timed."""
@@ -79,6 +96,21 @@ class Nets:
                         for dense in (False, True):
                             got = self.ours(x, path=path, dense=dense)
                             hold_together(f"{contender}, path {i}", [got], [wanted], steps.TOLERANCE)
+        for contender, backend in OURS.items():
+            with use_backend(backend):
+                F.cross_entropy(self.ours(x, path=everything), self.y).backward()
+            with torch.no_grad():  # the gradients in the dense network's order, by the way of the weights
+                for p in self.ours.parameters():
+                    p.copy_(p.grad)
+                self.dense.load_from(self.ours)
+            got = torch.cat([p.detach().flatten() for p in self.dense.parameters()])
+            self.restore()
+            F.cross_entropy(self.dense(x, self.full), self.y).backward()
+            expected = torch.cat([p.grad.flatten() for p in self.dense.parameters()])
+            hold_together(f"{contender}, gradients", [got], [expected], GRADIENTS)
+            for model in (self.ours, self.dense):
+                model.zero_grad(set_to_none=True)
+            self.restore()
 
     def restore(self) -> None:
         """The weights and statistics that all began with: contenders share a network and train it."""
@@ -87,6 +119,20 @@ class Nets:
                 if name in self.began:
                     value.copy_(self.began[name])
             self.dense.load_from(self.ours)
+
+    def mixed(self) -> Any:
+        """The autocast of a step."""
+        dtype = steps.PRECISIONS[self.precision]
+        return torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def hold(self, what: str, step: Callable[[], Tensor], path: Path) -> None:
+        """The loss of a step against that of the dense network from the same weights, on a path."""
+        self.restore()
+        with torch.no_grad(), self.mixed():
+            expected = F.cross_entropy(self.dense(self.x, path.keep.to(DEVICE)), self.y)
+        self.restore()
+        hold_together(what, [step()], [expected], TOLERANCE[self.precision])
+        self.restore()
 
     def graphed(self, backend: str) -> GraphedStep:
         """Graphed steps of ours, all kinds captured, and replays held against the loss of the dense network."""
@@ -101,21 +147,15 @@ class Nets:
         for path in (steps.full_path(self.net), *columns):
             for _ in range(3):
                 made(self.x, self.y, path)
-        mixed = {"device_type": DEVICE, "dtype": step.dtype or torch.bfloat16, "enabled": step.dtype is not None}
         for path in (steps.full_path(self.net), *columns, *self.paths[:4]):  # other masks than those of the capture
-            self.restore()
-            with torch.no_grad(), torch.autocast(**mixed):
-                expected = F.cross_entropy(self.dense(self.x, path.keep.to(DEVICE)), self.y)
-            hold_together(f"graphed, {path}", [made(self.x, self.y, path)], [expected], TOLERANCE[self.precision])
-        self.restore()
+            self.hold(f"graphed, {path}", lambda path=path: made(self.x, self.y, path), path)
         if made.problem and DEVICE == "cuda":
             raise AssertionError(made.problem)
         return made
 
-    def contenders(self, mixture: bool) -> dict[str, Contender]:
+    def contenders(self, mixture: bool, against: str) -> dict[str, Contender]:
+        """Those of a row, but for what has not enough memory beside the others."""
         everything, x, y = steps.full_path(self.net), self.x, self.y
-        plain = steps.MixedStep(self.ours, self.precision, DEVICE)
-        public = steps.MixedStep(self.public, self.precision, DEVICE)
         self.public.drops = mixture
 
         def path(i: int) -> Path:
@@ -124,32 +164,51 @@ class Nets:
         def mask(i: int) -> Tensor:
             return self.masks[i % len(self.masks)] if mixture else self.full
 
-        def compiled(model: nn.Module) -> Contender:
-            step = steps.MixedStep(self.dense, self.precision, DEVICE)
-            return lambda i: step(lambda: model(x, mask(i)), y)
+        def step(model: nn.Module, forward: Callable[[int], Tensor], backend: str | None = None) -> Contender:
+            mixed = steps.MixedStep(model, self.precision, DEVICE)
 
-        def ungraphed(i: int) -> Tensor:
-            with use_backend(OURS["ours"]):
-                return plain(lambda: self.ours(x, path=path(i)), y)
+            def call(i: int) -> Tensor:
+                with use_backend(backend) if backend else nullcontext():
+                    return mixed(lambda: forward(i), y)
 
-        def graphed(step: GraphedStep) -> Contender:
-            return lambda i: step(x, y, path(i))
+            return call
 
-        self.steps = self.steps or {name: self.graphed(backend) for name, backend in OURS.items()}
-        found: dict[str, Contender] = {name: graphed(step) for name, step in self.steps.items()}
-        found |= {"ungraphed": ungraphed, "eager": lambda i: public(lambda: self.public(x), y)}
-        found |= {name: compiled(model) for name, model in self.compiled.items()}
-        return {name: waited(call) for name, call in found.items() if name == "ours" or fits(call)}
+        def graphed(backend: str) -> Contender:
+            if backend not in self.steps:
+                self.steps[backend] = self.graphed(backend)
+            return lambda i: self.steps[backend](x, y, path(i))
 
+        def own(i: int) -> Tensor:  # as in graphs of ours: a column by itself, everything with the masks on the device
+            torch.compiler.cudagraph_mark_step_begin()
+            one = path(i)
+            return self.own(x, path=one if one.column is not None else Path(mask(i)), dense=one.column is None)
 
-def fits(call: Contender) -> bool:
-    """Whether a contender has enough memory beside the others: what has not is left out of the row."""
-    try:
-        call(0)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    return True
+        makers: dict[str, Callable[[], Contender]] = {
+            "triton": lambda: graphed(OURS["triton"]),
+            "ungraphed": lambda: step(self.ours, lambda i: self.ours(x, path=path(i)), OURS["ours"]),
+            "eager": lambda: step(self.public, lambda i: self.public(x)),
+            "ours_compiled": lambda: step(self.ours, own, OURS["ours"]),
+            **{
+                name: lambda model=model: step(self.dense, lambda i: model(x, mask(i)))
+                for name, model in self.compiled.items()
+            },
+        }
+        found = {"ours": graphed(OURS["ours"])}
+        for name in AGAINST[against]:
+            try:
+                call = makers[name]()
+                if name.endswith("compiled") or name in MODES:  # what the compiler made
+                    for i in range(min(2, len(self.paths))):
+                        self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
+                else:
+                    call(0)
+                found[name] = call
+            except (torch.OutOfMemoryError, AssertionError) as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+                print(f"{name}: left out: {error}")
+                torch.cuda.empty_cache()
+        return {name: waited(call) for name, call in found.items()}
 
 
 def waited(call: Contender) -> Contender:
@@ -183,34 +242,49 @@ def exact_fp32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-def peak(call: Contender) -> float:
-    """MB that a step allocates at most, beside what is there before it."""
+def peak(call: Contender, rounds: int) -> float:
+    """MB that a step allocates at most, over all paths, beside what is there before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call(0)
+    for i in range(rounds):
+        call(i)
     return 1e-6 * (torch.cuda.max_memory_allocated() - before)
 
 
-@pytest.mark.parametrize("drop_path", ["mixture", "off"])
-@pytest.mark.parametrize("name, batch, precision", CELLS, ids=lambda value: str(value))
-def test_training_step(compare: Callable[..., None], name: str, batch: int, precision: str, drop_path: str) -> None:
+def saved(this: Nets, contenders: Iterable[str]) -> dict[str, float]:
+    """MB that a forward pass saves for backward, with nothing dropped."""
+    everything, x = steps.full_path(this.net), this.x
+    forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+        "ungraphed": (this.ours, lambda: this.ours(x, path=everything)),
+        "eager": (this.public, lambda: this.public(x, this.full)),
+    }
+    found = {}
+    for name in contenders:
+        if name in forwards:
+            model, forward = forwards[name]
+            with use_backend(OURS["ours"]), this.mixed():
+                found[f"saved_mb_{name}"] = 1e-6 * steps.saved_bytes(model, forward)
+    return found
+
+
+@pytest.mark.parametrize("name, batch, precision, drop_path, against", ROWS, ids=lambda value: str(value))
+def test_training_step(
+    compare: Callable[..., None], name: str, batch: int, precision: str, drop_path: str, against: str
+) -> None:
     """Forward, cross-entropy, backward, SGD with momentum; under the mixture the mean over a list of paths."""
     this = nets(name, batch, precision)
     mixture = drop_path == "mixture"
-    contenders = this.contenders(mixture)
+    contenders = this.contenders(mixture, against)
     rounds = this.net.paths if mixture else 10
 
     def extra(row: dict[str, Any]) -> dict[str, float]:
-        found = {"tflop": this.tflop}
+        found = {"tflop": this.tflop, **saved(this, contenders)}
         if DEVICE == "cuda":
-            found |= {
-                f"peak_mb_{key}": peak(contenders[key])
-                for key in ("ungraphed", "eager", "compiled")
-                if key in contenders
-            }
+            measured = [key for key in ("ungraphed", "eager", "compiled") if key in contenders]
+            found |= {f"peak_mb_{key}": peak(contenders[key], rounds) for key in measured}
         return found
 
-    what = f"training step, {this.net.title}, batch {batch}, {precision}, drop-path {drop_path}"
+    what = f"training step, {this.net.title}, batch {batch}, {precision}, drop-path {drop_path}, against {against}"
     case = {"net": name, "batch": batch, "precision": precision, "drop_path": drop_path}
     compare("gpu_step", what, contenders, rounds, cycle=rounds if mixture else None, extra=extra, case=case)

@@ -25,6 +25,7 @@ CONTENDERS = {
     "triton": ("the same on Triton", "#009e73", "o"),
     "ungraphed": ("ours, without the graph", "#56b4e9", "o"),
     "eager": ("eager", "#8c8c8c", "s"),
+    "ours_compiled": ("ours, torch.compile's graphs", "#cc79a7", "o"),
     "compiled": ("torch.compile", "#f0b000", "D"),
     "compiled_graphs": ("torch.compile, reduce-overhead", "#d55e00", "D"),
     "compiled_max": ("torch.compile, max-autotune", "#7a2e00", "D"),

@@ -77,7 +77,19 @@ def checked(result: dict[str, Any]) -> dict[str, list[Row]]:
                 need(figures, ("figures",), f"{where}, ratio {name}")
             need(row.get("case", {}), CASES[row["group"]], f"{where}, case")
             groups[row["group"]].append(row)
+    groups["gpu_step"] = together(groups["gpu_step"])
     return groups
+
+
+def together(rows: Sequence[Row]) -> list[Row]:
+    """A row of each training step: what it was measured against comes in several, each with a figure of ours."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row["case"][name] for name in CASES["gpu_step"])
+        of = found.setdefault(key, {**row, "contenders": {}, "ratios": {}, "extra": {}})
+        for part in ("contenders", "ratios", "extra"):
+            of[part] = {**row[part], **of[part]}  # ours of the first
+    return list(found.values())
 
 
 def label(row: Row) -> str:
@@ -108,14 +120,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def peak(row: Row) -> str:
+def megabytes(row: Row, what: str) -> str:
     """Of a step without graphs: those hold their memory between steps."""
     extra = row["extra"]
-    if "peak_mb_ungraphed" not in extra:
+    if f"{what}_mb_ungraphed" not in extra:
         return "–"
-    text = f"{number(extra['peak_mb_ungraphed'])} MB"
-    if extra.get("peak_mb_eager"):
-        text += f", {number(extra['peak_mb_ungraphed'] / extra['peak_mb_eager'])} of eager's"
+    text = f"{number(extra[f'{what}_mb_ungraphed'])} MB"
+    if extra.get(f"{what}_mb_eager"):
+        text += f", {number(extra[f'{what}_mb_ungraphed'] / extra[f'{what}_mb_eager'])} of eager's"
     return text
 
 
@@ -142,7 +154,7 @@ def step_rate(row: Row) -> float | None:
 # --- lines -------------------------------------------------------------------------------------
 
 STEP = ("net", "batch", "precision", "drop-path", "ours", "vs eager", "vs best torch.compile", "Triton", "ungraphed")
-STEP += ("peak memory",)
+STEP += ("peak memory", "saved for backward")
 
 
 def step_cells(row: Row) -> tuple[str, ...]:
@@ -150,7 +162,7 @@ def step_cells(row: Row) -> tuple[str, ...]:
     others = ("eager",), COMPILED, ("triton",), ("ungraphed",)
     ratios = (times(ratio(row, *names)) for names in others)
     names = [str(case[key]) for key in CASES["gpu_step"]]
-    return *names, ours, *ratios, peak(row)
+    return *names, ours, *ratios, megabytes(row, "peak"), megabytes(row, "saved")
 
 
 def memory_cells(row: Row) -> tuple[str, ...]:
@@ -284,7 +296,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     if steps := groups["gpu_step"]:
         parts += [
             "Training steps as CUDA graphs on the CUDA kernels. A ratio says how many times as long as ours; the best "
-            "torch.compile is the fastest of its modes; Triton: ours on those kernels. Peak memory: without a graph.",
+            "torch.compile is the fastest of its modes; Triton: ours on those kernels. Memory: without a graph, the "
+            "most over all paths at any time, and what a forward pass with nothing dropped keeps.",
             markdown_table([STEP, *map(step_cells, steps)], 4),
         ]
     kernels = [row for row in groups["gpu"] if row["case"]["layout"] == "nhwc" and row["case"]["dtype"] != "fp16"]
@@ -303,6 +316,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
         f"{number(machine['bf16_tflop_per_s'])} TFLOP/s, PyTorch {machine['torch']}, CUDA {machine['cuda']}; "
         f"{result['date'][:10]}, {commit[:10]}, `{result['command']}`."
     )
+    if (result.get("stages") or {}).get("test", {}).get("failed"):
+        parts.append("The tests of this round failed: see its log. Every row was held against a reference before.")
     if links := [f"[{kind}](benchmarks/results/{name}-{kind}.svg)" for kind in plots_of(result)]:
         parts.append(f"Plots: {', '.join(links)}.")
     return "\n\n".join(parts)

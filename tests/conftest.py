@@ -25,9 +25,17 @@ SIMULATED = os.environ.get("FRACTAL_SIMT", "")  # a library of the CUDA kernels 
 GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("triton", "cuda")
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
 needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
-# Begun first: what takes minutes, so that two processes (``make test``) end together; and graphs, which a round on a
-# GPU must not miss for want of time.
-LONG = ("test_graphed.py", "test_triton.py", "test_cuda.py", "test_tiles.py", "test_study.py", "test_train.py")
+# Begun first: what takes minutes, so that two processes (``make test``) end together; and graphs and what only a GPU
+# can show, which a round on one must not miss for want of time.
+LONG = (
+    "test_graphed.py",
+    "test_gpu.py",
+    "test_triton.py",
+    "test_cuda.py",
+    "test_tiles.py",
+    "test_study.py",
+    "test_train.py",
+)
 
 if settings is not None:
     settings.register_profile(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import bench_gpu_steps
 from benchmarks.cases import Net
@@ -27,12 +28,15 @@ TINY = {
 
 
 @pytest.mark.parametrize("drop_path", ["mixture", "off"])
+@pytest.mark.parametrize("against", list(bench_gpu_steps.AGAINST))
 @pytest.mark.parametrize("name, precision", [("fused", "bf16"), ("composed", "fp32"), ("stem", "fp16")])
-def test_the_steps_of_a_gpu_on_the_cpu(name, precision, drop_path, monkeypatch):
-    """Every contender of a GPU's rows, but the compiled ones, agrees with the others and steps."""
-    for key, value in {"DEVICE": "cpu", "OURS": {"ours": "cpu", "triton": "reference"}, "MODES": {}}.items():
+def test_the_steps_of_a_gpu_on_the_cpu(name, precision, against, drop_path, monkeypatch):
+    """Every contender of a GPU's rows agrees with the others and steps; the compiler only traces here."""
+    for key, value in {"DEVICE": "cpu", "OURS": {"ours": "cpu", "triton": "reference"}}.items():
         monkeypatch.setattr(bench_gpu_steps, key, value)
     monkeypatch.setitem(bench_gpu_steps.GPU_NETS, name, TINY[name])
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compiler(f, backend="aot_eager", **options))
     rows = []
 
     def compare(group, what, contenders, rounds, cycle=None, extra=None, case=None):
@@ -42,16 +46,21 @@ def test_the_steps_of_a_gpu_on_the_cpu(name, precision, drop_path, monkeypatch):
         rows.append((group, set(contenders), extra({}), case))
 
     try:
-        bench_gpu_steps.test_training_step(compare, name, 4, precision, drop_path)
+        bench_gpu_steps.test_training_step(compare, name, 4, precision, drop_path, against)
     finally:
         bench_gpu_steps._kept.clear()
+        torch._dynamo.reset()
     ((group, contenders, extra, case),) = rows
-    assert group == "gpu_step" and contenders == {"ours", "triton", "ungraphed", "eager"}
+    assert group == "gpu_step" and contenders == {"ours", *bench_gpu_steps.AGAINST[against]}
     assert extra["tflop"] > 0 and case["drop_path"] == drop_path
+    if against == "eager":
+        assert 0 < extra["saved_mb_ungraphed"] < extra["saved_mb_eager"]
 
 
 def test_the_headline_of_the_gpu_comes_first():
-    cells = bench_gpu_steps.CELLS
-    assert cells[:3] == [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]
-    assert len(cells) == len(set(cells)) == 27
+    rows = bench_gpu_steps.ROWS
+    first = [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]
+    assert rows[:6] == [(*cell, drop_path, "eager") for cell in first for drop_path in ("mixture", "off")]
+    assert len(rows) == len(set(rows)) == 27 * 2 * 2 + 6
+    assert rows.index((*first[0], "mixture", "compiled")) < rows.index((*first[0], "mixture", "autotuned"))
     assert all(net.paths % (2 * net.columns) == 0 for net in bench_gpu_steps.GPU_NETS.values())

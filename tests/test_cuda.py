@@ -59,6 +59,8 @@ def _aligned_slice(y):
 @pytest.mark.parametrize("shape", [(2, 16, 4, 16), (2, 5, 5, 7)], ids=["aligned", "odd"])
 def test_number_of_branches_and_dtypes(shape, gpu_backend):
     """Each number of branches in each dtype, with and without pooling, in both layouts."""
+    if gpu_backend != "cuda":
+        pytest.skip("for the CUDA kernels, which are instances: Triton would compile 144 programs, for minutes")
     for k in range(1, 9):
         for pool in (None, "before", "after"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_report
 
 
 def test_dry_run(capsys):
@@ -47,9 +47,11 @@ def test_a_stage_that_hangs_or_fails(tmp_path):
     assert all(process.poll() is not None for process in running)
 
 
+QUARTER = ["--minutes", "0.25"]
 ROW = {"group": "gpu", "unit": "ms", "contenders": {"ours": {"figure": 1.0}, "copy": {"figure": 1.0}}, "ratios": {}}
 CASE = {"op": "mean", "direction": "forward", "backend": "triton", "dtype": "bf16", "layout": "nhwc", "shape": [1]}
 SUITE = """
+import signal
 import time
 import pytest
 
@@ -65,6 +67,8 @@ def test_wrong(benchmark):
 
 def test_long(benchmark):
     benchmark.extra_info.update({row!r} | dict(what="long"))
+    if {deaf}:  # like a compiler that does not come back
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
     time.sleep({sleep})
 
 def test_late(benchmark):
@@ -84,10 +88,10 @@ def machine(monkeypatch):
     monkeypatch.setattr(gpu.Round, "test", lambda self: "1451 passed")
 
 
-def written(folder, sleep):
+def written(folder, sleep, deaf=False):
     suite = folder / "test_suite.py"
     row = ROW | {"case": CASE, "extra": {"gb_per_s": 900.0, "share_of_copy": 0.9}}
-    suite.write_text(SUITE.format(row=row, sleep=sleep))
+    suite.write_text(SUITE.format(row=row, sleep=sleep, deaf=deaf))
     return [str(suite)]
 
 
@@ -115,10 +119,17 @@ def test_a_round(machine, monkeypatch, tmp_path, capsys):
 
 
 def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
-    """A suite that hangs is killed at its limit, and its rows so far stay: late, not failed."""
+    """A suite that hangs is cut at its limit, and its rows so far stay: late, not failed. One that does not hear is
+    killed."""
     monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 600)})
+    monkeypatch.setattr(gpu, "GRACE", 6)  # a process counts from when it has imported PyTorch
+    assert gpu.main(["--results", str(tmp_path / "cut"), "--stages", "steps", "--select", "not wrong", *QUARTER]) == 0
+    said = results(tmp_path / "cut")["stages"]["steps"]["said"]
+    assert said == "1 rows, 0 before; 1 passed, 2 skipped, 2 of the skipped for want of time", said
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 600, deaf=True)})
     out, begun = tmp_path / "results", time.monotonic()
-    assert gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "0.25"]) == 0
+    assert gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", *QUARTER]) == 0
     assert time.monotonic() - begun < 45
     result = results(out)
     assert [row["what"] for row in result["rows"]] == ["measured"]
@@ -150,7 +161,7 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
     monkeypatch.setattr(gpu, "rates", dict)
     monkeypatch.setattr(gpu, "GRACE", 1)
-    monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600))
+    monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600, deaf=True))
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--shard')\n")
     if not fails:
         monkeypatch.setattr(gpu, "PYTEST", [*gpu.PYTEST, "-k", "not wrong"])
@@ -163,13 +174,20 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
         assert "not done in 12 s" in this.test()
 
 
-def test_nothing_is_measured_after_a_failing_test(machine, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("stage", ["build", "test"])
+def test_a_stage_that_fails(stage, machine, monkeypatch, tmp_path, capsys):
+    """Nothing is measured of what was not built; of what a test found wrong, it is said with the figures."""
+
     def broken(self):
         raise gpu.Failed("exit status 1; test.txt: 3 failed")
 
-    monkeypatch.setattr(gpu.Round, "test", broken)
+    monkeypatch.setattr(gpu.Round, stage, broken)
+    monkeypatch.setattr(gpu, "BENCHES", {"kernels": written(tmp_path, 0)})
     out = tmp_path / "results"
-    assert gpu.main(["--results", str(out), "--minutes", "1"]) == 1
+    stages = ["--stages", "build,test,kernels", "--select", "not wrong"]
+    assert gpu.main(["--results", str(out), *stages, "--minutes", "1"]) == 1
     result = results(out)
-    assert list(result["stages"]) == ["build", "test"] and result["rows"] == []
+    assert list(result["stages"]) == ["build", "test", "kernels"][: 1 if stage == "build" else 3]
+    assert len(result["rows"]) == (0 if stage == "build" else 3)
     assert "test.txt: 3 failed" in capsys.readouterr().out
+    assert ("tests of this round failed" in gpu_report.markdown(result, "name")) == (stage == "test")

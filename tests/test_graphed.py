@@ -330,12 +330,35 @@ def test_wrong_warmup():
 
 
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
-def test_training(precision, monkeypatch, tmp_path, capsys):
-    """The training application with --graphs against itself without: weights, statistics and the log."""
+def test_training(precision, monkeypatch, tmp_path):
+    from fractalnet import train
+
+    twins = []
+
+    def graphed(net, optimizer, work):
+        twins.append(Twin(lambda: changing(net, optimizer)))
+        return GraphedStep(net, optimizer, work, capturer=twins[0], warmup=1)
+
     pytest.importorskip("lightning")
+    monkeypatch.setattr(train, "GraphedStep", graphed)
+    trained_alike(tmp_path, precision, "cpu", 1e-9 if precision == "fp64" else 2e-2)
+    assert twins[0].captures >= 2 and twins[0].replays >= 8
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_training_on_a_gpu(tmp_path, capsys):
+    pytest.importorskip("lightning")
+    pytest.importorskip("jsonargparse", reason="the options of a training are jsonargparse's")
+    trained_alike(tmp_path, "fp32", "gpu", 2e-2)
+    assert "not used" not in capsys.readouterr().out
+
+
+def trained_alike(folder, precision, accelerator, tolerance):
+    """The training application with --graphs against itself without: weights and statistics."""
     from fractalnet import config, train
 
-    recipe = tmp_path / "small.yaml"
+    recipe = folder / "small.yaml"
     recipe.write_text(
         """
 network: {columns: 2, channels: [4, 6]}
@@ -349,19 +372,12 @@ schedule: {kind: halving, factor: 0.5}
 tensorboard: false
 """
     )
-    twins, states = [], []
-
-    def graphed(net, optimizer, work):
-        twins.append(Twin(lambda: changing(net, optimizer)))
-        return GraphedStep(net, optimizer, work, capturer=twins[0], warmup=1)
-
-    monkeypatch.setattr(train, "GraphedStep", graphed)
+    states = []
     for graphs in ("false", "true"):
-        found, plain = config.load(str(recipe), ["--graphs", graphs, "--precision", precision, "--accelerator", "cpu"])
-        train.run(found, plain, "small", tmp_path / graphs)
-        states.append(torch.load(tmp_path / graphs / "model.pt", weights_only=True)["state"])
-    assert twins[0].captures >= 2 and twins[0].replays >= 8
-    tolerance = 1e-9 if precision == "fp64" else 2e-2
+        options = ["--graphs", graphs, "--precision", precision, "--accelerator", accelerator]
+        found, plain = config.load(str(recipe), options)
+        train.run(found, plain, "small", folder / graphs)
+        states.append(torch.load(folder / graphs / "model.pt", weights_only=True)["state"])
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=tolerance, atol=tolerance, msg=key)
 

@@ -176,18 +176,21 @@ def normalised_join(
     out, mean, var, count = _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-untyped-call]
     if training and running_means[0] is not None:
         with torch.no_grad():
-            keep: Sequence[float | Tensor]
+            keep: float | Sequence[Tensor]
             of_all = mask is None or (mask.dim() == 2 and not flags & Flags.STATS_LIVE)
             if of_all and per_channel > 1 and not synchronised:
                 unbiased = var * (per_channel / (per_channel - 1))
-                keep = momentum.expand(k).unbind() if isinstance(momentum, Tensor) else [momentum] * k
+                keep = momentum.expand(k).unbind() if isinstance(momentum, Tensor) else float(momentum)
             else:  # a branch without values keeps its running statistics
                 unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
                 keep = ((count > 0).to(count.dtype) * momentum).unbind()
-            for running, batch in ((running_means, mean), (running_vars, unbiased)):
-                for old, new, weight in zip(running, batch.unbind(), keep, strict=True):
-                    assert old is not None  # checked by the caller
-                    old.lerp_(new.to(old.dtype), weight.to(old.dtype) if isinstance(weight, Tensor) else weight)
+            olds = [t for t in (*running_means, *running_vars) if t is not None]
+            news = [t.to(o.dtype) for t, o in zip((*mean.unbind(), *unbiased.unbind()), olds, strict=True)]
+            if isinstance(keep, float):  # on a GPU one launch for all of them
+                torch._foreach_lerp_(olds, news, keep)
+            else:
+                factors = [w.to(o.dtype) for w, o in zip((*keep, *keep), olds, strict=True)]
+                torch._foreach_lerp_(olds, news, factors)
     return out  # type: ignore[no-any-return]
 
 
