@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,7 +24,16 @@ __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 # In the order in which automatic tries them. Those for a GPU come last as long as no measurement on one is committed.
 NAMES = ("cpu", "reference", "triton", "cuda")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-_override: list[str] = []
+
+
+class _Override(threading.local):
+    """What ``use_backend`` says in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_override = _Override()
 _good: set[int] = set()  # CUDA devices that the compiled kernels run on
 
 
@@ -133,7 +143,10 @@ def why_not(name: str, device: torch.device | None = None) -> str:
     if device_type not in (None, "cuda"):
         return _elsewhere("CUDA devices", device_type)
     if device_type is None and not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
+        # A driver that is too old is no device to PyTorch; the extension says what to do about it.
+        module = extension("cuda")[0] if name == "cuda" else None
+        said = "" if module is None else str(module.problem(0))
+        return "PyTorch sees no CUDA device" + (f": {said}" if said else "")
     return _problem(device.index if device is not None else None) if name == "cuda" else ""
 
 
@@ -172,26 +185,30 @@ def use_backend(name: str) -> Iterator[None]:
     _known("use_backend", "name", name)
     if reason := why_not(name):
         raise BackendUnavailable(f"use_backend: expected name to be an available backend, got {name!r}: {reason}")
-    _override.append(name)
+    _override.names.append(name)
     try:
         yield
     finally:
-        _override.pop()
+        _override.names.pop()
+
+
+def _takes(name: str, dtype: torch.dtype) -> bool:
+    return name not in ("triton", "cuda") or dtype in HALF_AND_SINGLE
 
 
 def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs ``op`` for inputs of this dtype on this device."""
     if backend is not None:
         argument, name = "backend", backend
-    elif _override:
-        argument, name = "use_backend()", _override[-1]
+    elif _override.names:
+        argument, name = "use_backend()", _override.names[-1]
     elif os.environ.get("FRACTAL_BACKEND"):
         argument, name = "FRACTAL_BACKEND", os.environ["FRACTAL_BACKEND"]
     else:
-        return next(name for name in NAMES if not why_not(name, device))
+        return next(name for name in NAMES if _takes(name, dtype) and not why_not(name, device))
     if reason := why_not(_known(op, argument, name), device):
         raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
-    if name in ("triton", "cuda") and dtype not in HALF_AND_SINGLE:
+    if not _takes(name, dtype):
         names = ", ".join(str(d).removeprefix("torch.") for d in HALF_AND_SINGLE)
         got = str(dtype).removeprefix("torch.")
         raise TypeError(f"{op}: expected inputs of dtype {names} on the backend {name!r}, got {got}")

@@ -42,26 +42,11 @@ def _runs_once() -> bool:
 
 
 class _Block(torch.autograd.Function):
+    # *args: of a signature with as many names as a call has arguments, torch.compile takes it that ctx is not one.
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        path: Tensor,
-        conv_bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        dense: bool,
-        dropout: float,
-        eps: float,
-        flags: int,
-        save: bool,
-        fixed: bool,
-        backend: str,
-        group: str,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:16]
+        (dense, dropout, eps, flags, save, fixed, backend, group), weights = options, args[16:]
         out, count, batch_mean, batch_var, *saved = _OPS.block_forward.default(
             x,
             list(weights),
@@ -189,6 +174,11 @@ def fractal_block(
     x = checks.tensor(op, "x", x)
     if x.dim() != 4 or (pool is not None and min(x.shape[2:]) < 2):
         raise ValueError(f"{op}: expected x of shape [N, C, H, W], H and W >= 2 for pooling, got {list(x.shape)}")
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise TypeError(f"{op}: expected weights to be a list of Tensors, got {type(weights).__name__}")
+    for r, w in enumerate(weights):
+        if checks.tensor(op, f"weights[{r}]", w).dim() != 4:
+            raise ValueError(f"{op}: expected weights[{r}] of four dimensions, got {list(w.shape)}")
     rows = len(weights)
     if rows not in (1, 2, 4, 8, 16, 32, 64, 128):
         raise ValueError(f"{op}: expected weights of 2**(C-1) rows, C from 1 to 8, got {rows}")
@@ -196,22 +186,30 @@ def fractal_block(
     units, columns = sum(widths), widths[0]
     channels = sum(w.shape[0] for w in weights) // units
     for r, w in enumerate(weights):
-        expected = (widths[r] * channels, x.shape[1] if r == 0 else channels, 3, 3)
-        if tuple(checks.tensor(op, f"weights[{r}]", w).shape) != expected:
+        expected = (widths[r] * channels, w.shape[1] if r == 0 else channels, 3, 3)
+        if tuple(w.shape) != expected:
             raise ValueError(f"{op}: expected weights[{r}] of shape {list(expected)}, got {list(w.shape)}")
+    if x.shape[1] != weights[0].shape[1]:
+        raise ValueError(f"{op}: expected x of {weights[0].shape[1]} channels, as weights[0], got {list(x.shape)}")
     for name, t in (("gamma", gamma), ("beta", beta), ("conv_bias", conv_bias), ("mean", mean), ("var", var)):
         if t is not None and tuple(checks.tensor(op, name, t).shape) != (units, channels):
             raise ValueError(f"{op}: expected {name} of shape [{units}, {channels}], got {list(t.shape)}")
+    tensors: dict[str, Tensor | None] = {f"weights[{r}]": w for r, w in enumerate(weights)}
+    tensors |= {"gamma": gamma, "beta": beta, "conv_bias": conv_bias, "mean": mean, "var": var}
+    for name, t in tensors.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
     if (mean is None) != (var is None):
         raise ValueError(f"{op}: expected mean and var both or neither, got one")
+    path = checks.tensor(op, "path", path, (torch.bool,))
     per_sample = path.dim() == 3
-    if tuple(path.shape) != (rows, columns) + ((x.shape[0],) if per_sample else ()) or path.dtype != torch.bool:
+    if tuple(path.shape) != (rows, columns) + ((x.shape[0],) if per_sample else ()):
         raise ValueError(
             f"{op}: expected path bool of shape [{rows}, {columns}] or [{rows}, {columns}, {x.shape[0]}], "
             f"got {path.dtype} {list(path.shape)}"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout!r}")
     checks.choice(op, "pool", pool, [None, "before", "after"])
     checks.choice(op, "stats", stats, ["all", "live"])
     synchronised = sync.name_of(op, group) if mean is None else ""

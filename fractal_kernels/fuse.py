@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.fx
 from torch import nn
 
-from .modules import BatchNormReLU2d, StepConv2d
+from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, MeanJoin, StepConv2d
 
 __all__ = ["FuseReport", "fuse"]
 
@@ -28,7 +28,13 @@ class _Tracer(torch.fx.Tracer):
     """Follows containers down to the modules that are looked for."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) or super().is_leaf_module(m, module_qualified_name)
+        leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    """A ReLU that does nothing else: no subclass, no hooks."""
+    return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def fuse(model: nn.Module) -> FuseReport:
@@ -55,7 +61,7 @@ def fuse(model: nn.Module) -> FuseReport:
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     try:
-        pairs = _traced_pairs(model, modules)
+        pairs = _pairs_of_both_modes(model, modules)
     except Exception as error:  # a forward that cannot be traced raises anything
         pairs = _sequential_pairs(modules)
         reason = f"not traceable ({type(error).__name__}): only its Sequential containers were searched"
@@ -83,6 +89,20 @@ def fuse(model: nn.Module) -> FuseReport:
     return FuseReport(fused, skipped)
 
 
+def _pairs_of_both_modes(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
+    """:func:`_traced_pairs`, but for what training and evaluation do not do alike."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        training, evaluation = (_traced_pairs(model.train(mode), modules) for mode in (True, False))
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+    other = "it is used in another way in training than in evaluation"
+    shared = [pair if pair in evaluation else (*pair[:3], other) for pair in training]
+    names = {bn for _, bn, _, _ in training}
+    return shared + [(conv, bn, relu, other) for conv, bn, relu, _ in evaluation if bn not in names]
+
+
 def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
     """(what comes before, batch norm, ReLU, why not) for every batch norm of the traced model."""
     graph = _Tracer().trace(model)
@@ -105,8 +125,8 @@ def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple
             problems[name] = f"it is a {type(modules[name]).__name__}, not a torch.nn.BatchNorm2d"
         elif len(nodes) > 1:
             problems[name] = "it is called more than once"
-        elif len(users) != 1 or not isinstance(module_of(users[0]), nn.ReLU):
-            problems[name] = "its only use is not a torch.nn.ReLU module"
+        elif len(users) != 1 or not _is_relu(module_of(users[0])):
+            problems[name] = "its only use is not a torch.nn.ReLU module (without hooks)"
     fusable = {name for name in relu_of if name not in problems}
     for name in fusable:  # its ReLU goes away: everything that it is applied to must be fused
         inputs = [arg for node in calls[relu_of[name]] for arg in node.all_input_nodes]
@@ -119,13 +139,13 @@ def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple
 def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
     pairs = []
     for name, module in modules.items():
-        if not isinstance(module, nn.Sequential):
+        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
             continue
         children = [(child, m) for child, m in module._modules.items() if m is not None]  # repeats too
         prefix = f"{name}." if name else ""
         names = ["", *(child for child, _ in children)]
         for before, (a, first), (b, second) in zip(names, children, children[1:], strict=False):
-            if isinstance(first, nn.BatchNorm2d) and isinstance(second, nn.ReLU):
+            if isinstance(first, nn.BatchNorm2d) and _is_relu(second):
                 held = [child for parent in modules.values() for child in parent._modules.values()]
                 shared = any(sum(m is child for child in held) > 1 for m in (first, second))
                 problem = "it or its ReLU module is used elsewhere too" if shared else ""

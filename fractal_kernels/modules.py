@@ -44,7 +44,7 @@ class DropPathJoin(nn.Module):
 
     def __init__(self, p: float, granularity: str = "batch") -> None:
         super().__init__()
-        if not 0 <= p <= 1:
+        if not isinstance(p, (int, float)) or not 0 <= p <= 1:
             raise ValueError(f"DropPathJoin: expected p in [0, 1], got {p!r}")
         if granularity not in ("batch", "sample"):
             raise ValueError(f"DropPathJoin: expected granularity 'batch' or 'sample', got {granularity!r}")
@@ -54,6 +54,7 @@ class DropPathJoin(nn.Module):
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         if not self.training or self.p == 0:
             return masked_mean_join(inputs)
+        inputs = checks.branches("DropPathJoin", inputs)
         batch = inputs[0].shape[0] if self.granularity == "sample" else None
         return masked_mean_join(inputs, drop_path_mask(len(inputs), self.p, batch, device=inputs[0].device))
 
@@ -67,6 +68,13 @@ def advance(bn: nn.BatchNorm2d, live: Tensor | int = 1) -> float | Tensor:
         return bn.momentum if bn.momentum is not None else 0.0
     bn.num_batches_tracked.add_(live)
     return bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.clamp(min=1).double()
+
+
+def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that a call uses, as PyTorch's does: what it has, unless it trains and tracks none."""
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -85,9 +93,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             input,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
-            self.training or not self.track_running_stats,
+            *_running(self),
+            self.training or self.running_mean is None,
             advance(self),
             self.eps,
             group=self.sync_group,
@@ -192,22 +199,27 @@ class BNReLUJoin(nn.Module):
         return list((mask != 0).reshape(len(self.bns), -1).any(1).unbind())
 
     def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        if mask is not None:
+        if mask is not None or not isinstance(inputs, (list, tuple)):
             mask = checks.mask("BNReLUJoin", mask, checks.branches("BNReLUJoin", inputs))
         if len(inputs) != len(self.bns):
             raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
         first = self.bns[0]
+        for name in ("training", "eps", "momentum"):  # a frozen batch norm is one in evaluation mode
+            found = [getattr(bn, name) for bn in self.bns]
+            if any(value != found[0] for value in found):
+                raise ValueError(f"BNReLUJoin: expected one {name} of all batch norms, got {found}")
         live = [1 if per_sample is None else per_sample.to(torch.int64) for per_sample in self._live(mask)]
         momenta = [advance(bn, alive) for bn, alive in zip(self.bns, live, strict=True)]  # type: ignore[arg-type]
+        running = [_running(bn) for bn in self.bns]  # type: ignore[arg-type]
         momentum = torch.stack(momenta) if isinstance(momenta[0], Tensor) else momenta[0]  # type: ignore[arg-type]
         return bn_relu_join(
             inputs,
             [bn.weight for bn in self.bns],  # type: ignore[misc]
             [bn.bias for bn in self.bns],  # type: ignore[misc]
-            [bn.running_mean for bn in self.bns],  # type: ignore[misc]
-            [bn.running_var for bn in self.bns],  # type: ignore[misc]
+            [mean for mean, _ in running],
+            [var for _, var in running],
             mask,
-            self.training or not first.track_running_stats,
+            first.training or first.running_mean is None,
             momentum,
             first.eps,  # type: ignore[arg-type]
             reduction=self.reduction,
@@ -241,8 +253,8 @@ def sync_batch_norm(module: nn.Module, group: object = None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sync_batch_norm: expected torch.distributed to be initialised, it is not")
     group = dist.group.WORLD if group is None else group
-    sync.name_of("sync_batch_norm", group)
+    name = sync.name_of("sync_batch_norm", group)
     modules = [m for m in module.modules() if hasattr(m, "sync_group")]
     for each in modules:
-        each.sync_group = group  # type: ignore[assignment]
+        each.sync_group = name  # type: ignore[assignment]  # not the group: modules are copied and pickled
     return len(modules)

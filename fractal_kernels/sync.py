@@ -18,20 +18,31 @@ from .library import _LIB
 _GROUPS: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
 
 
+class Name(str):
+    """What a module keeps of its group: groups can be neither copied nor pickled."""
+
+
 def name_of(op: str, group: object) -> str:
     """A process group as the operators take it: by name; None: the empty one, nothing is synchronised."""
     if group is None:
         return ""
+    if isinstance(group, Name):
+        return group
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: expected group None or a torch.distributed.ProcessGroup, got {type(group).__name__}")
     name = str(group.group_name)
     _GROUPS[name] = group
-    return name
+    return Name(name)
 
 
 def _gathered(t: Tensor, group: str) -> Tensor:
     """[ranks, *shape]."""
-    ranks = _GROUPS[group]
+    ranks = _GROUPS.get(group)
+    if ranks is None:  # a module that came from another process
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if world is None or world.group_name != group:
+            raise RuntimeError(f"sync_batch_norm: expected the process group {group!r} to be there; call it again here")
+        ranks = _GROUPS[group] = world
     parts = [torch.empty_like(t) for _ in range(ranks.size())]
     dist.all_gather(parts, t, group=ranks)
     return torch.stack(parts)

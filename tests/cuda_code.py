@@ -86,6 +86,7 @@ class Code:
     loads: Counter[str] | None = None
     stores: Counter[str] | None = None
     double: int = 0
+    first: int = 0  # loads of 16 bytes before the first store of as many
 
     @property
     def blocks(self) -> int:
@@ -132,6 +133,7 @@ def machine_code(folder: Path, capability: int) -> Iterator[Code]:
             code = codes[name]
             code.loads = Counter(re.findall(r"\bLDG\.E[.\w]*", body))
             code.stores = Counter(re.findall(r"\bSTG\.E[.\w]*", body))
+            code.first = body.split("STG.E.128")[0].count("LDG.E.128")
             code.double = len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", body))
         yield from codes.values()
 

@@ -371,24 +371,3 @@ def test_opcheck():
     torch.library.opcheck(
         backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
     )
-
-
-def test_errors():
-    w = [torch.randn(4, 3, 3, 3), torch.randn(2, 2, 3, 3)]
-    x, path = torch.randn(2, 3, 4, 4), full_path(1, 2).keep[0]
-    with pytest.raises(ValueError, match=r"fractal_block: expected weights of 2\*\*\(C-1\) rows, C from 1 to 8, got 3"):
-        fractal_block(x, [*w, w[1]], None, None, path)
-    with pytest.raises(ValueError, match=r"fractal_block: expected weights\[0\] of shape \[4, 5, 3, 3\], got \[4, 3"):
-        fractal_block(torch.randn(2, 5, 4, 4), w, None, None, path)
-    with pytest.raises(ValueError, match=r"fractal_block: expected path bool of shape \[2, 2\] or \[2, 2, 2\], got"):
-        fractal_block(x, w, None, None, path[:1])
-    with pytest.raises(ValueError, match=r"fractal_block: expected gamma of shape \[3, 2\], got \[2\]"):
-        fractal_block(x, w, torch.ones(2), None, path)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fractal_block(torch.randn(1, 3, 1, 1), w, None, None, path, pool=None)
-    with pytest.raises(ValueError, match="expected the path to keep a branch of the join of row 1, got none"):
-        fractal_block(x, w, None, None, torch.zeros_like(path))
-    with pytest.raises(TypeError, match=r"fractal_block: expected x of dtype .* got int64"):
-        fractal_block(x.long(), w, None, None, path)
-    with pytest.raises(ValueError, match=r"Path: expected keep bool"):
-        Path(torch.ones(2, 2))

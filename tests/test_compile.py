@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -243,6 +244,27 @@ def test_autocast_mixed_dtypes(dtype, backend):
     torch.testing.assert_close(mean, (a + b.float()) / 2)
     (mean.sum() + join.sum()).backward()
     assert a.grad.dtype == torch.float32 and b.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_nothing_requires_grad(k, backend):
+    """Whatever number of arguments a call has, in evaluation and in training."""
+    ys, module = [torch.randn(2, 3, 4, 4) for _ in range(k)], BNReLUJoin(k, 3, affine=False)
+    with torch.no_grad():
+        mean = torch.compile(lambda t: masked_mean_join(t, backend=backend), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(mean(ys), sum(ys) / k)
+        for training in (True, False):
+            eager = copy.deepcopy(module.train(training))
+            torch.testing.assert_close(torch.compile(module, backend="aot_eager")(ys), eager(ys))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_a_network_in_evaluation(columns):
+    import fractalnet
+
+    net, x = fractalnet.FractalNet(5, columns, (4,), image_size=8).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
 
 
 def test_autocast_under_compile(backend):

@@ -165,7 +165,7 @@ def test_machine_code(capability, tmp_path):
         assert code.spills == code.stack == code.double == 0, code
         assert code.registers <= 65536 // (128 * code.blocks), code
         if code.kernel == "merge_stats":  # several partials on their way at once
-            assert code.loads["LDG.E"] == 16, code
+            assert code.loads["LDG.E"] == 32, code
         if code.lanes == 1:
             continue
         word = {2: "LDG.E.U16", 4: "LDG.E", 8: "LDG.E.64", 16: "LDG.E.128"}[code.bytes]
@@ -176,6 +176,8 @@ def test_machine_code(capability, tmp_path):
             assert code.bytes == 16, code
             if code.kernel in ("join_forward", "join_backward_apply"):
                 assert set(code.stores) == {"STG.E.128"}, code
+                units, tensors = 4 if code.branches == 1 else 2, code.branches + (code.kernel == "join_backward_apply")
+                assert code.first >= units * tensors, code  # all of them on their way before the first is used
 
 
 # --- dispatch ------------------------------------------------------------------------------------
@@ -211,6 +213,15 @@ class Module:
     @staticmethod
     def problem(device):
         return f"no kernels were built for device {device}"
+
+
+@outside
+def test_problem_of_the_driver(monkeypatch):
+    """A driver that is too old is no device to PyTorch, and the remedy is said all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "_cuda", (Module, ""))
+    assert backends.why_not("cuda") == "PyTorch sees no CUDA device: no kernels were built for device 0"
+    assert backends.why_not("cuda", torch.device("cuda")) == ""  # of a fake tensor
 
 
 @outside

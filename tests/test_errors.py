@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from fractalnet.drop_path import Path, full_path
 
 import fractal_kernels as fk
 from fractal_kernels import backends
@@ -219,7 +222,18 @@ def test_backward_runs_where_forward_ran(ran, cpu_backend):
 def test_use_backend_is_undone_by_an_exception():
     with pytest.raises(KeyError), fk.use_backend("reference"):
         raise KeyError
-    assert not backends._override
+    assert not backends._override.names
+
+
+def test_use_backend_is_of_its_thread(cpu_backend):
+    def elsewhere():
+        before = backends.resolve("join", None, torch.device("cpu"), torch.float32)
+        with fk.use_backend("cpu"):
+            return before, backends.resolve("join", None, torch.device("cpu"), torch.float32)
+
+    with fk.use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result() == ("cpu", "cpu")
+        assert backends.resolve("join", None, torch.device("cpu"), torch.float32) == "reference"
 
 
 def test_unknown_backends(monkeypatch):
@@ -252,3 +266,41 @@ def test_named_backend_never_falls_back(ran, no_extension, monkeypatch):
     with pytest.raises(fk.BackendUnavailable, match="use_backend: expected name .* got 'cpu': it was not built"):
         with fk.use_backend("cpu"):
             pass
+
+
+def test_block():
+    w = [torch.randn(4, 3, 3, 3), torch.randn(2, 2, 3, 3)]
+    x, path = torch.randn(2, 3, 4, 4), full_path(1, 2).keep[0]
+    with pytest.raises(ValueError, match=r"fractal_block: expected weights of 2\*\*\(C-1\) rows, C from 1 to 8, got 3"):
+        fk.fractal_block(x, [*w, w[1]], None, None, path)
+    with pytest.raises(
+        ValueError, match=r"fractal_block: expected x of 3 channels, as weights\[0\], got \[2, 5, 4, 4\]"
+    ):
+        fk.fractal_block(torch.randn(2, 5, 4, 4), w, None, None, path)
+    with pytest.raises(ValueError, match=r"fractal_block: expected weights\[1\] of shape \[2, 2, 3, 3\], got \[2, 1"):
+        fk.fractal_block(x, [w[0], w[1][:, :1]], None, None, path)
+    for i, weights in ((0, [w[0].to("meta"), w[1]]), (1, [w[0], w[1].to("meta")])):  # nobody reads what is not there
+        with pytest.raises(ValueError, match=rf"fractal_block: expected weights\[{i}\] on cpu, got meta"):
+            fk.fractal_block(x, weights, None, None, path)
+    with pytest.raises(ValueError, match="fractal_block: expected gamma on cpu, got meta"):
+        fk.fractal_block(x, w, torch.ones(3, 2, device="meta"), None, path)
+    with pytest.raises(TypeError, match="fractal_block: expected weights to be a list of Tensors, got NoneType"):
+        fk.fractal_block(x, None, None, None, path)
+    with pytest.raises(TypeError, match=r"fractal_block: expected weights\[1\] to be a Tensor, got NoneType"):
+        fk.fractal_block(x, [w[0], None], None, None, path)
+    with pytest.raises(TypeError, match="fractal_block: expected path to be a Tensor, got list"):
+        fk.fractal_block(x, w, None, None, path.tolist())
+    with pytest.raises(ValueError, match="fractal_block: expected dropout in .0, 1., got 'a'"):
+        fk.fractal_block(x, w, None, None, path, dropout="a")
+    with pytest.raises(ValueError, match=r"fractal_block: expected path bool of shape \[2, 2\] or \[2, 2, 2\], got"):
+        fk.fractal_block(x, w, None, None, path[:1])
+    with pytest.raises(ValueError, match=r"fractal_block: expected gamma of shape \[3, 2\], got \[2\]"):
+        fk.fractal_block(x, w, torch.ones(2), None, path)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        fk.fractal_block(torch.randn(1, 3, 1, 1), w, None, None, path, pool=None)
+    with pytest.raises(ValueError, match="expected the path to keep a branch of the join of row 1, got none"):
+        fk.fractal_block(x, w, None, None, torch.zeros_like(path))
+    with pytest.raises(TypeError, match=r"fractal_block: expected x of dtype .* got int64"):
+        fk.fractal_block(x.long(), w, None, None, path)
+    with pytest.raises(ValueError, match=r"Path: expected keep bool"):
+        Path(torch.ones(2, 2))

@@ -282,3 +282,87 @@ def test_fuse_keeps_mode_hooks_and_parameters():
     fuse(model)
     model(torch.randn(2, 3, 6, 6))
     assert model[1].weight is weight and not model[1].training and calls == [1]
+
+
+class Modes(nn.Module):
+    """A ReLU that training uses in another way than evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn(x))
+        return y + self.relu(-x) if self.training else y
+
+
+class Doubled(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self[1](x) + super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fuse_changes_no_result(training):
+    """What only one mode does, a ReLU's subclass, its hooks, a Sequential with a forward of its own."""
+    hooked = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    hooked[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    untraced = Untraceable(Residual(nn.BatchNorm2d(3), nn.ReLU()))
+    models = [Modes(), nn.Sequential(nn.BatchNorm2d(3), Doubled()), hooked, untraced]
+    for model in models:
+        model.train(training).double()
+        eager, x = copy.deepcopy(model), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+        assert fuse(model).fused == [] and model.training == training
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(x), eager.train(mode)(x))
+
+
+def test_fuse_beside_joins():
+    """A model with joins of this package in it is traced."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.join, self.drop = MeanJoin(), DropPathJoin(0.5)
+            self.norms, self.bn, self.relu = BNReLUJoin(2, 3), nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.bn(self.norms([self.join([x, x]), self.drop([x, -x])])))
+
+    assert fuse(Branches()).fused == ["bn"]
+
+
+def test_untracked_statistics_after_the_fact():
+    """track_running_stats set to False keeps the statistics in training and uses them in evaluation, as in PyTorch."""
+    ours, theirs, x = BatchNormReLU2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), 3 + torch.randn(4, 3, 5, 5)
+    ours.track_running_stats = theirs[0].track_running_stats = False
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.running_mean, theirs[0].running_mean)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_frozen_batch_norms_of_a_join():
+    """In evaluation mode by themselves, as fine-tuning freezes them: running statistics, which stay."""
+    module, x = BNReLUJoin(2, 3), [torch.randn(4, 3, 5, 5) for _ in range(2)]
+    for bn in module.bns:
+        bn.eval()
+    expected = copy.deepcopy(module).eval()(x)
+    assert torch.equal(module(x), expected) and module.bns[0].running_mean.eq(0).all()
+    module.bns[0].train()
+    with pytest.raises(ValueError, match=r"BNReLUJoin: expected one training of all batch norms, got \[True, False\]"):
+        module(x)
+    with pytest.raises(TypeError, match="BNReLUJoin: expected inputs to be a list or tuple of Tensors, got NoneType"):
+        module(None)
+    with pytest.raises(TypeError, match="DropPathJoin: expected inputs.0. to be a Tensor, got NoneType"):
+        DropPathJoin(0.1)([None])
+
+
+def test_a_convolution_on_another_device():
+    module = ConvBNReLU(16, 16).to(memory_format=torch.channels_last)
+    module.conv.to("meta")
+    with pytest.raises(ValueError, match="conv_bn_relu: expected conv_weight on cpu, got meta"):
+        module(torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last))

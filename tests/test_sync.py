@@ -1,5 +1,8 @@
 """Batch norm over ranks: two processes with parts of a batch against one process with all of it, in fp64."""
 
+import copy
+import pickle
+
 import fractalnet
 import pytest
 import torch
@@ -80,6 +83,7 @@ def both(rank, folder, kinds):
         for split in SPLITS:
             net = network(kind)
             assert (fk.sync_batch_norm(net) if kind == "joined" else net.sync_batch_norm()) in (None, 2)
+            net = pickle.loads(pickle.dumps(copy.deepcopy(net)))  # as checkpoints do
             model = DistributedDataParallel(net, forward_sync_buffers=False)
             first, last = (0, split[0]) if rank == 0 else (split[0], N)
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")

@@ -118,14 +118,16 @@ def check_code(setting, code):
     assert code.double == 0, (setting, code)
     if code.name not in config.MOST_REGISTERS or k > 3 or flags & POOL:
         return
-    assert code.registers <= config.MOST_REGISTERS[code.name], (setting, code)
+    assert code.registers <= config.most_registers(code.name, k, False, channels_last), (setting, code)
     if channels_last:  # everything but the mask and the counts in 128 bits
         assert set(code.loads) <= {"LDG.E.128", "LDG.E.U8", "LDG.E"}, (setting, code)
-        assert code.loads["LDG.E.128"] >= k and code.loads.get("LDG.E", 0) <= k, (setting, code)
+        units = config.STATS_UNROLL[True] if code.name == "channel_stats" else 1
+        assert code.loads["LDG.E.128"] >= units * k and code.loads.get("LDG.E", 0) <= k, (setting, code)
         if code.name in ("join_forward", "join_backward_apply"):
             assert code.stores == {"STG.E.128": 1 if code.name == "join_forward" else k}, (setting, code)
     else:  # a value per channel is one number to a program
-        assert code.loads["LDG.E.128"] == k + (code.name.startswith("join_backward")), (setting, code)
+        units = config.STATS_UNROLL[False] if code.name == "channel_stats" else 1
+        assert code.loads["LDG.E.128"] == units * k + (code.name.startswith("join_backward")), (setting, code)
 
 
 # --- dispatch ------------------------------------------------------------------------------------

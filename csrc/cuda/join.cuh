@@ -163,30 +163,36 @@ __global__ void __launch_bounds__(kThreads, blocks_apply(K, NP)) join_backward_a
     const Norm<K, P> norm(a, c);
     float centre[K][P], slope[K][P];  // dy = scale*dz + centre + slope*(y - mean)
     FRACTAL_UNROLL
-    for (int b = 0; b < K; ++b) FRACTAL_UNROLL
-    for (int p = 0; p < P; ++p) {
+    for (int b = 0; b < K; ++b) {
       const bool has = b < a.k && a.count != nullptr;
-      const float factor = has ? -norm.scale[b][p] / fmaxf(a.count[b], 1.f) : 0.f;
-      centre[b][p] = has ? factor * a.sum_dz[int64_t(b) * a.C + c + p] : 0.f;
-      slope[b][p] = has ? factor * a.sum_dzx[int64_t(b) * a.C + c + p] * Norm<K, P>::invstd(a, b, c + p) : 0.f;
+      const float inverse = has ? -1.f / fmaxf(a.count[b], 1.f) : 0.f;  // a division for a branch, not for a channel
+      FRACTAL_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const float factor = norm.scale[b][p] * inverse;
+        centre[b][p] = has ? factor * a.sum_dz[int64_t(b) * a.C + c + p] : 0.f;
+        slope[b][p] = has ? factor * a.sum_dzx[int64_t(b) * a.C + c + p] * Norm<K, P>::invstd(a, b, c + p) : 0.f;
+      }
     }
     Units<T, K, NP, A, V> units;
+    Pack<T, V> grad[units.U];
     Live<K> mask;
     for (Walk walk = first_unit(a); walk.n < a.N;) {
       units.load(a, walk, mask, c, a.all_samples);
       FRACTAL_UNROLL
       for (int u = 0; u < units.U; ++u) {
+        grad[u] = {};
+        if (units.there[u] && whole<NP>(a, units.at[u])) grad[u].load(output_at<T, A, V>(a, units.at[u], c));
+      }
+      FRACTAL_UNROLL
+      for (int u = 0; u < units.U; ++u) {
         if (!units.there[u]) continue;
         const unsigned live = units.live[u], corrected = a.count == nullptr ? 0u : a.all_samples ? ~0u : live;
         const Join<float> join = join_of(a, live);
-        const bool has_output = whole<NP>(a, units.at[u]);
-        Pack<T, V> grad{};
-        if (has_output) grad.load(output_at<T, A, V>(a, units.at[u], c));
         FRACTAL_UNROLL
         for (int v = 0; v < V; ++v) {
           float z[K][NP];
           normalise(units.y[u], v, live, norm, z);
-          join.backward(z, K, static_cast<float>(grad.v[v]), a.gate_output, z);
+          join.backward(z, K, static_cast<float>(grad[u].v[v]), a.gate_output, z);
           FRACTAL_UNROLL
           for (int b = 0; b < K; ++b) FRACTAL_UNROLL
           for (int e = 0; e < NP; ++e) {

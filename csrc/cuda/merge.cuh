@@ -1,12 +1,12 @@
 // The merges of the reductions' partials, in their order: thread rows take every kMergeRows-th, then the rows are
-// merged.
+// merged by halves.
 #pragma once
 #include "stats.cuh"
 
 namespace fractal::cuda {
 
-constexpr int kMergeWidth = 32, kMergeRows = 16;  // threads of a block: channels, partials
-constexpr int kMergeBatch = 4;                    // partials that a thread loads before it uses the first
+constexpr int kMergeWidth = 16, kMergeRows = 32;  // threads of a block: channels, partials
+constexpr int kMergeBatch = 8;                    // partials that a thread loads before it uses the first
 
 // Grid: (groups of channels, branch). mean and biased var [k][C], count [k].
 static __global__ void __launch_bounds__(kMergeWidth* kMergeRows)
@@ -27,10 +27,15 @@ static __global__ void __launch_bounds__(kMergeWidth* kMergeRows)
       for (int i = 0; i < kMergeBatch; ++i) moments.merge(batch[i]);
     }
   Shared<Moments> memory = shared<Moments>();
-  memory[threadIdx.y * kMergeWidth + threadIdx.x] = moments;
-  __syncthreads();
-  if (threadIdx.y != 0 || c >= C) return;
-  for (int row = 1; row < kMergeRows; ++row) moments.merge(memory[row * kMergeWidth + threadIdx.x]);
+  const int row = threadIdx.y;
+  memory[row * kMergeWidth + threadIdx.x] = moments;
+  for (int half = kMergeRows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row >= half) continue;
+    moments.merge(memory[(row + half) * kMergeWidth + threadIdx.x]);
+    memory[row * kMergeWidth + threadIdx.x] = moments;
+  }
+  if (row != 0 || c >= C) return;
   mean[int64_t(b) * C + c] = moments.origin + moments.mean;
   var[int64_t(b) * C + c] = moments.m2 / fmaxf(moments.number, 1.f);
   if (c == 0) count[b] = moments.number;
@@ -42,12 +47,26 @@ static __global__ void __launch_bounds__(kMergeWidth* kMergeRows)
   const int i = blockIdx.y, c = blockIdx.x * kMergeWidth + threadIdx.x;
   float total = 0.f;
   if (c < C)
-    for (int row = threadIdx.y; row < rows; row += kMergeRows) total += partial[(int64_t(row) * gridDim.y + i) * C + c];
+    for (int first = threadIdx.y; first < rows; first += kMergeBatch * kMergeRows) {
+      float batch[kMergeBatch];
+      FRACTAL_UNROLL
+      for (int j = 0; j < kMergeBatch; ++j) {
+        const int at = first + j * kMergeRows;
+        batch[j] = at < rows ? partial[(int64_t(at) * gridDim.y + i) * C + c] : 0.f;
+      }
+      FRACTAL_UNROLL
+      for (int j = 0; j < kMergeBatch; ++j) total += batch[j];
+    }
   Shared<float> memory = shared<float>();
-  memory[threadIdx.y * kMergeWidth + threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y != 0 || c >= C) return;
-  for (int row = 1; row < kMergeRows; ++row) total += memory[row * kMergeWidth + threadIdx.x];
+  const int row = threadIdx.y;
+  memory[row * kMergeWidth + threadIdx.x] = total;
+  for (int half = kMergeRows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row >= half) continue;
+    total += memory[(row + half) * kMergeWidth + threadIdx.x];
+    memory[row * kMergeWidth + threadIdx.x] = total;
+  }
+  if (row != 0 || c >= C) return;
   (i % 2 ? sum_dzx : sum_dz)[int64_t(i / 2) * C + c] = total;
 }
 

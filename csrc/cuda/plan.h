@@ -79,12 +79,12 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
                        : kernel == Kernel::kReduce  ? blocks_reduce(p.k, np, p.axis)
                                                     : blocks_apply(p.k, np);
   const bool sums = stats || kernel == Kernel::kReduce;  // a block leaves a partial: no more of them than run at once
-  const int64_t most = int64_t(processors) * resident * (sums ? 1 : 4);
+  const int64_t most = int64_t(processors) * resident * (sums ? 1 : 2);
   const int64_t at_once = threads_y * (stats ? 4 : unroll(p.k, np, p.lanes));
   p.blocks_y = std::min(a.groups, 65535);
   p.blocks_z = stats ? a.k : 1;
   const int64_t columns = int64_t(p.blocks_y) * p.blocks_z;
-  p.blocks_x = std::max<int64_t>(1, std::min((units + at_once - 1) / at_once, (most + columns - 1) / columns));
+  p.blocks_x = std::max<int64_t>(1, std::min((units + at_once - 1) / at_once, most / columns));
 
   const int64_t step = p.blocks_x * threads_y, sample = int64_t(a.rows) * a.columns;
   const int within = static_cast<int>(step % sample);

@@ -51,16 +51,16 @@ __device__ __forceinline__ void store_word(W* to, W word) {
   *to = word;
 }
 
-#if !defined(FRACTAL_SIMT)  // The compiler takes such an assignment apart, now and then, into stores of 4 bytes.
+#if !defined(FRACTAL_SIMT)
+// The compiler takes such an assignment apart, now and then, into stores of 4 bytes. No memory is clobbered that a
+// kernel reads, so the loads of what comes next may be issued before.
 __device__ __forceinline__ void store_word(Word8* to, Word8 word) {
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
-               : "memory");
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y));
 }
 
 __device__ __forceinline__ void store_word(Word16* to, Word16 word) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
-               "r"(word.z), "r"(word.w)
-               : "memory");
+               "r"(word.z), "r"(word.w));
 }
 #endif
 

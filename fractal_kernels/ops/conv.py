@@ -87,6 +87,8 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     Not of one channel, which is in both layouts: the library decides in which its output is. And it is the library that
     reports operands that do not go together.
     """
+    if x.device != weight.device:  # of a weight on "meta" the library, too, would read whatever is there
+        raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
     valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
     ours = valid and 0 not in x.shape[2:] and conv3x3.kernel(x, weight, backend)
     if not ours or torch.is_autocast_enabled(x.device.type):  # not every type of device has an autocast

@@ -20,11 +20,13 @@ _OPS = torch.ops.fractal_kernels
 class _PlainJoin(torch.autograd.Function):
     """The join without normalisation; the gradient of a plain mean needs no input, so none is saved."""
 
+    # *args: of a signature with as many names as a call has arguments, torch.compile takes it that ctx is not one.
     @staticmethod
-    def forward(ctx: Any, flags: int, backend: str, mask: Tensor | None, *ys: Tensor) -> Tensor:
+    def forward(*args: Any) -> Tensor:
+        ctx, flags, backend, mask, *ys = args
         ctx.flags, ctx.backend, ctx.branches = flags, backend, len(ys)
         ctx.save_for_backward(mask, *(ys if flags & ~Flags.SUM else ()))
-        return _OPS.join_forward(list(ys), mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
+        return _OPS.join_forward(ys, mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
@@ -45,19 +47,9 @@ class _NormJoin(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        k: int,
-        affine: int,
-        batch_stats: bool,
-        eps: float,
-        flags: int,
-        backend: str,
-        group: str,
-        mask: Tensor | None,
-        *params: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        ys, weights, biases = list(params[:k]), list(params[k : k + affine]), list(params[k + affine : k + 2 * affine])
+    def forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # *args: as above
+        ctx, k, affine, batch_stats, eps, flags, backend, group, mask, *params = args
+        ys, weights, biases = params[:k], params[k : k + affine], params[k + affine : k + 2 * affine]
         if batch_stats:
             per_sample = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
             mean, var, count = _OPS.channel_stats(ys, None if per_sample else mask, backend)
@@ -68,7 +60,7 @@ class _NormJoin(torch.autograd.Function):
             ctx.mark_non_differentiable(mean, var, count)
         else:
             mean = var = count = None
-            means, vars = list(params[k + 2 * affine : -k]), list(params[-k:])
+            means, vars = params[k + 2 * affine : -k], params[-k:]
             ctx.save_for_backward(mask, *ys, *weights, *biases, *means, *vars)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
@@ -294,6 +286,8 @@ def drop_path_mask(
         raise ValueError(f"{op}: expected p in [0, 1], got {p!r}")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
         raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: expected generator None or a torch.Generator, got {type(generator).__name__}")
     draws = torch.rand((2, num_branches, 1 if batch_size is None else batch_size), generator=generator, device=device)
     keep = draws[0] >= p
     revived = draws[1] == draws[1].amax(0) if draws.numel() else keep

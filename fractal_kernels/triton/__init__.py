@@ -40,6 +40,10 @@ def _pixels(t: Tensor) -> int:
     return t[0, 0].numel() if t.shape[0] and t.shape[1] else 0
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv, called on the host, takes ten times as long
+
+
 def _strides(tensors: List, pool: bool) -> tuple[tuple[int, ...], ...]:
     """Of samples, channels, rows (with pooling) and pixels, in elements: a tuple each."""
     rows = []
@@ -50,7 +54,6 @@ def _strides(tensors: List, pool: bool) -> tuple[tuple[int, ...], ...]:
 
 
 def _is_wide(tensors: List) -> bool:
-    """Whether an offset may pass 2**31."""
     return any(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) >= 2**31 - 2**16 for t in tensors)
 
 
@@ -97,12 +100,25 @@ class _Call:
     def take(self, choice: config.Choice) -> None:
         self.choice = choice
         self.constants |= {"BP": choice.sites, "BC": choice.channels}
-        self.constants |= config.options(self.case.kernel, self.case.branches, self.pool, choice.warps)
+        self.constants |= config.options(
+            self.case.kernel, self.case.branches, self.pool, choice.warps, self.case.channels_last
+        )
+
+    def is_wide(self, tensors: List) -> bool:
+        """Whether an offset, or the number of a site, may pass 2**31."""
+        return self.count >= MOST or _is_wide(tensors)
+
+    def flat(self, *strides: tuple[tuple[int, ...], ...]) -> bool:
+        """Whether a pixel's offset is its number among those of all samples times a stride, and no mask asks for the
+        sample."""
+        if self.pool or not self.case.channels_last or self.mask_strides[1]:
+            return False
+        return all(n == self.geometry[1] * p for of in strides for n, p in zip(of[0], of[3], strict=True))
 
     def grid(self, device: torch.device) -> tuple[int, int]:
-        blocks = triton.cdiv(self.channels, self.choice.channels)
-        tiles = triton.cdiv(self.count, self.choice.sites)
-        programs = triton.cdiv(_processors(device) * self.choice.programs_per_processor, blocks)
+        blocks = _ceil(self.channels, self.choice.channels)
+        tiles = _ceil(self.count, self.choice.sites)
+        programs = _ceil(_processors(device) * self.choice.programs_per_processor, blocks)
         return max(1, min(tiles, programs)), max(1, blocks)
 
     def run(self, launch: Callable[[], None], outputs: List) -> None:
@@ -129,13 +145,15 @@ def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tens
     programs, blocks = call.grid(device)
     partial = mean.new_empty((programs, k, 3, channels))
     numbers = mean.new_empty((programs, k))
+    y_strides = _strides(ys, False)
     with _on(device):
         kernels.channel_stats[(programs, blocks)](
-            partial, numbers, tuple(ys), call.mask, *_strides(ys, False), *call.mask_strides, call.count,
-            call.geometry[1], channels, WIDE=_is_wide(ys), **call.constants,
+            partial, numbers, tuple(ys), call.mask, *y_strides, *call.mask_strides, call.count, call.geometry[1],
+            channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=config.STATS_UNROLL[channels_last],
+            **call.constants,
         )  # fmt: skip
         tile = config.merge(channels)
-        kernels.merge_stats[(k, triton.cdiv(channels, tile.channels))](
+        kernels.merge_stats[(k, _ceil(channels, tile.channels))](
             mean, var, count, partial, numbers, programs, channels, K=k, BG=tile.sites, BC=tile.channels
         )
 
@@ -153,12 +171,13 @@ def join_forward(
     channels_last: bool,
 ) -> None:
     call = _Call("join_forward", ys[0], len(ys), mask, flags, channels_last, bool(means))
+    y_strides, out_strides = _strides(ys, call.pool), _strides([out], call.pool)
 
     def launch() -> None:
         kernels.join_forward[call.grid(out.device)](
-            out, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
-            *_one(out, call.pool), *call.mask_strides, *call.geometry, eps, NORM=bool(means), HAS_W=bool(weights),
-            HAS_B=bool(biases), WIDE=_is_wide([out, *ys]), **call.constants, **call.flags,
+            out, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *y_strides, *_one(out_strides),
+            *call.mask_strides, *call.geometry, eps, NORM=bool(means), HAS_W=bool(weights), HAS_B=bool(biases),
+            FLAT=call.flat(y_strides, out_strides), WIDE=call.is_wide([out, *ys]), **call.constants, **call.flags,
         )  # fmt: skip
 
     with _on(out.device):
@@ -183,14 +202,15 @@ def join_backward_reduce(
     k, channels = len(ys), call.channels
     programs, blocks = call.grid(grad.device)
     partial = sum_dz.new_empty((programs, 2 * k, channels))
+    y_strides, grad_strides = _strides(ys, call.pool), _strides([grad], call.pool)
     with _on(grad.device):
         kernels.join_backward_reduce[(programs, blocks)](
-            partial, grad, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *_strides(ys, call.pool),
-            *_one(grad, call.pool), *call.mask_strides, *call.geometry, eps, HAS_W=bool(weights), HAS_B=bool(biases),
-            WIDE=_is_wide([grad, *ys]), **call.constants, **call.flags,
+            partial, grad, tuple(ys), call.mask, *_norm(ys, means, vars, weights, biases), *y_strides,
+            *_one(grad_strides), *call.mask_strides, *call.geometry, eps, HAS_W=bool(weights), HAS_B=bool(biases),
+            FLAT=call.flat(y_strides, grad_strides), WIDE=call.is_wide([grad, *ys]), **call.constants, **call.flags,
         )  # fmt: skip
         tile = config.merge(channels)
-        kernels.merge_sums[(2 * k, triton.cdiv(channels, tile.channels))](
+        kernels.merge_sums[(2 * k, _ceil(channels, tile.channels))](
             sum_dz, sum_dzx, partial, programs, channels, K=k, BG=tile.sites, BC=tile.channels
         )
 
@@ -212,19 +232,21 @@ def join_backward_apply(
     call = _Call("join_backward_apply", dys[0], len(dys), mask, flags, channels_last, bool(means), edges=True)
     per_sample = mask is not None and mask.dim() == 2
     inputs = ys or dys  # the gradient of a plain mean does not depend on its inputs
+    strides = [_strides(tensors, call.pool) for tensors in (inputs, dys, [grad])]
 
     def launch() -> None:
         kernels.join_backward_apply[call.grid(grad.device)](
             tuple(dys), grad, tuple(inputs), call.mask, *_norm(inputs, means, vars, weights, biases),
-            *(sums or [grad] * 3), *_strides(inputs, call.pool), *_strides(dys, call.pool), *_one(grad, call.pool),
-            *call.mask_strides, *call.geometry, eps, NORM=bool(means), BATCH=bool(sums),
+            *(sums or [grad] * 3), *strides[0], *strides[1], *_one(strides[2]),
+            *call.mask_strides, *call.geometry, eps, FLAT=call.flat(*strides), NORM=bool(means), BATCH=bool(sums),
             ALL=bool(sums) and per_sample and not flags & Flags.STATS_LIVE, READS=bool(ys), HAS_W=bool(weights),
-            HAS_B=bool(biases), WIDE=_is_wide([grad, *inputs, *dys]), **call.constants, **call.flags,
+            HAS_B=bool(biases), WIDE=call.is_wide([grad, *inputs, *dys]), **call.constants, **call.flags,
         )  # fmt: skip
 
     with _on(grad.device):
         call.run(launch, dys)
 
 
-def _one(t: Tensor, pool: bool) -> tuple[int, ...]:
-    return tuple(s for (s,) in _strides([t], pool))
+def _one(strides: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Those of the only tensor."""
+    return tuple(s for (s,) in strides)

@@ -13,7 +13,10 @@ WARPS = 4
 # Registers of a thread for up to three branches: what leaves 4, 4, 2 and 3 blocks of 128 threads to a multiprocessor.
 MOST_REGISTERS = {"channel_stats": 128, "join_forward": 128, "join_backward_reduce": 208, "join_backward_apply": 168}
 PROGRAMS_PER_PROCESSOR = 8  # of the elementwise kernels; a reduction writes a partial for each, so it takes fewer
-REDUCERS_PER_PROCESSOR = 2
+REDUCERS_PER_PROCESSOR = {"channel_stats": 4, "join_backward_reduce": 2}  # all of them run at once
+# Where pixels are contiguous, each counts its values by itself: more registers, 3 blocks.
+CONTIGUOUS_STATS = (168, 3)
+STATS_UNROLL = {True: 4, False: 2}  # loads of a thread that are on their way together, by channels_last
 # The kernels that may be tuned: each of their outputs depends on one site and channel, so that no tile changes a bit of
 # it. channel_stats and join_backward_reduce add up in an order that their tile and grid give.
 ELEMENTWISE = ("join_forward", "join_backward_apply")
@@ -53,16 +56,22 @@ def tile(branches: int, elements: int, itemsize: int, channels: int, channels_la
 
 def merge(channels: int) -> Tile:
     """Partials and channels that a program of a merge takes at once."""
-    wide = min(power_of_two(channels), 64)
-    return Tile(1024 // wide, wide)
+    wide = min(power_of_two(channels), 8)  # a sector of memory; few, so that many programs share the work
+    return Tile(2048 // wide, wide)
 
 
-def options(kernel: str, branches: int, pool: bool, warps: int) -> dict[str, int]:
+def most_registers(kernel: str, branches: int, pool: bool, channels_last: bool) -> int:
+    if kernel == "channel_stats":
+        return MOST_REGISTERS[kernel] if channels_last else CONTIGUOUS_STATS[0]
+    return 255 if pool or branches > 3 else MOST_REGISTERS[kernel]
+
+
+def options(kernel: str, branches: int, pool: bool, warps: int, channels_last: bool) -> dict[str, int]:
     """Of a launch. Without a bound ptxas picks one by itself, and now and then spills a register for it. The bound is a
     thread's, whatever the number of warps: eight of 255 registers are a multiprocessor's 65536."""
     if torch.version.hip:
         return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": 255 if pool or branches > 3 else MOST_REGISTERS[kernel]}
+    return {"num_warps": warps, "maxnreg": most_registers(kernel, branches, pool, channels_last)}
 
 
 class Choice(NamedTuple):
@@ -89,7 +98,8 @@ def candidates(
     """
     rule = tile(branches, elements, itemsize, channels, channels_last)
     if kernel not in ELEMENTWISE:
-        return (Choice(*rule, WARPS, REDUCERS_PER_PROCESSOR),)
+        contiguous_stats = kernel == "channel_stats" and not channels_last
+        return (Choice(*rule, WARPS, CONTIGUOUS_STATS[1] if contiguous_stats else REDUCERS_PER_PROCESSOR[kernel]),)
     size, wide = rule.sites * rule.channels, rule.channels
     shapes = [(wide, 1, WARPS, PROGRAMS_PER_PROCESSOR), (wide, 1, 4, 4), (wide, 1, 4, 16), (wide, 1, 8, 4)]
     shapes += [(wide, 1, 8, 8)]

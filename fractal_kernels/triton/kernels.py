@@ -3,6 +3,7 @@
 A tensor is a matrix of sites (pixels of all samples; with pooling, windows of 2x2) by channels. A program owns BC
 channels and walks tiles of BP sites, ``tile, tile + programs, ...``; parameters and sums of its channels stay in
 registers. In channels_last channels are contiguous, else pixels are, and the compiler orders the threads accordingly.
+FLAT: pixels are evenly spaced over the samples too and nobody asks which sample one is in, so none is divided out.
 Passes: each live y once, each output once. What a mask drops is not loaded: the loads are predicated, per site. WIDE:
 64-bit offsets. Arithmetic is float32; sums go to one partial per program and are merged in the order of the programs,
 without atomics.
@@ -23,6 +24,7 @@ from .maths import (
     corrections,
     join_weight,
     maxima,
+    merged,
     offset,
     relu,
     site_gradients,
@@ -33,39 +35,55 @@ from .maths import (
     within,
 )
 
+MASK_STRIDES = ("mk", "mn")  # another batch, the last of an epoch, is no other program
 
-@triton.jit
+
+@triton.jit(do_not_specialize=MASK_STRIDES)
 def channel_stats(partial, numbers, ys, mask, y_sn, y_sc, y_sh, y_sp, mk, mn, count, pixels, C, K: tl.constexpr,
-                  MASK: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-                  ):  # fmt: skip
+                  MASK: tl.constexpr, CL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr,
+                  BC: tl.constexpr, U: tl.constexpr):  # fmt: skip
     """partial[program, b] = origin, mean - origin and sum of squared deviations, numbers[program, b] = how many values.
-    Grid: (programs, channel blocks). Reads k tensors. Welford per site of the tile, relative to that site's first
-    value; then Chan's merge over the sites."""
+    Grid: (programs, channel blocks). Reads k tensors. For each site of the tile, relative to that site's first value:
+    U values at a time, which are on their way together, by Chan's merge; then his merge over the sites."""
     c = channels(BC, WIDE)
     for b in tl.static_range(K):
         origin = tl.zeros([BP, BC], tl.float32)
         mean = tl.zeros([BP, BC], tl.float32)
         m2 = tl.zeros([BP, BC], tl.float32)
         number = tl.zeros([BP, 1], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
-            there, n, h, p = sites(tile, count, pixels, 1, BP, False, WIDE)
+        for tile in range(tl.program_id(0), tl.cdiv(count, BP), U * tl.num_programs(0)):
+            theres, values = (), ()
+            for u in tl.static_range(U):
+                there, n, h, p = sites(tile + u * tl.num_programs(0), count, pixels, 1, BP, False, FLAT, WIDE)
+                if MASK:
+                    there = there & (tl.load(mask + b * mk + n * mn, there, other=0) != 0)
+                off = offset(n, h, p, y_sn[b], y_sh[b], y_sp[b], 1, not CL) + within(c, y_sc[b], CL)
+                theres = theres + (there,)
+                values = values + (tl.load(ys[b] + off, there & (c < C), other=0.0),)
+            # Relative to one of the values, their squares lose nothing: a part of them is variance.
+            first = values[0].to(tl.float32)
             if MASK:
-                there = there & (tl.load(mask + b * mk + n * mn, there, other=0) != 0)
-            off = offset(n, h, p, y_sn[b], y_sh[b], y_sp[b], 1, not CL) + within(c, y_sc[b], CL)
-            v = tl.load(ys[b] + off, there & (c < C), other=0.0).to(tl.float32)
-            origin = tl.where(number == 0, v, origin)  # zero as long as no value came
-            number += there.to(tl.float32)
-            v = tl.where(there, v - origin, mean)
-            delta = v - mean
-            mean += delta * (1.0 / tl.maximum(number, 1.0))  # a division for each site, not for each value
-            m2 += delta * (v - mean)
-        n_all = tl.sum(number, 0, keep_dims=True)
+                for i in tl.static_range(1, U):
+                    first = tl.where(theres[U - i], values[U - i].to(tl.float32), first)
+                first = tl.where(theres[0], values[0].to(tl.float32), first)
+            origin = tl.where(number == 0, first, origin)
+            add = theres[0].to(tl.float32)
+            total, squares = mean * 0, mean * 0
+            for u in tl.static_range(0 if MASK else 1, U):
+                d = tl.where(theres[u], values[u].to(tl.float32) - first, 0.0)
+                total += d
+                squares += d * d
+            for u in tl.static_range(1, U):
+                add += theres[u].to(tl.float32)
+            inverse = 1.0 / tl.maximum(add, 1.0)  # divisions for each site, not for each value
+            ratio = add * (1.0 / tl.maximum(number + add, 1.0))
+            delta = (first - origin) + total * inverse - mean
+            m2 += (squares - total * (total * inverse)) + delta * delta * (number * ratio)
+            mean += delta * ratio
+            number += add
         base = tl.max(tl.where(number > 0, origin, float("-inf")), 0, keep_dims=True)
-        base = tl.where(n_all > 0, base, 0.0)
-        mean = tl.where(number > 0, origin - base + mean, 0.0)
-        inverse = 1.0 / tl.maximum(n_all, 1.0)
-        mean_all = tl.sum(mean * number, 0, keep_dims=True) * inverse
-        m2 = tl.sum(m2 + number * (mean - mean_all) * (mean - mean_all), 0, keep_dims=True)
+        base = tl.where(tl.sum(number, 0, keep_dims=True) > 0, base, 0.0)
+        n_all, mean_all, m2 = merged(number, tl.where(number > 0, origin - base + mean, 0.0), m2)
         row = tl.program_id(0).to(tl.int64) * K + b
         tl.store(partial + 3 * row * C + c, base, c < C)
         tl.store(partial + (3 * row + 1) * C + c, mean_all, c < C)
@@ -73,19 +91,19 @@ def channel_stats(partial, numbers, ys, mask, y_sn, y_sc, y_sh, y_sp, mk, mn, co
         tl.store(numbers + row + tl.zeros([1, 1], tl.int32), n_all)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MASK_STRIDES)
 def join_forward(out, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, y_sp, o_sn, o_sc, o_sh, o_sp, mk, mn,
                  count, pixels, width, H, W, C, eps,
                  K: tl.constexpr, NORM: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
                  SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr, POOL_BEFORE: tl.constexpr,
-                 POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-                 ):  # fmt: skip
+                 POOL_AFTER: tl.constexpr, CL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr,
+                 BC: tl.constexpr):  # fmt: skip
     """out = act(pool(weight * sum_b pool(act(z_b)))). Grid as above. Moves k+1 tensors."""
     NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
     c = channels(BC, WIDE)
     ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
     for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
-        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
         reads = all_within(lives, c < C, K)
@@ -102,13 +120,13 @@ def join_forward(out, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, 
         tl.store(out + to, j.to(out.dtype.element_ty), there & (c < C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MASK_STRIDES)
 def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, y_sp, o_sn, o_sc,
                          o_sh, o_sp, mk, mn, count, pixels, width, H, W, C, eps,
                          K: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
                          SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr,
-                         POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr,
-                         BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                         POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, FLAT: tl.constexpr,
+                         WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """partial[program, 2b] = sum dz_b, [program, 2b + 1] = sum dz_b*xhat_b. Grid as above. Reads k+1 tensors."""
     NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
     c = channels(BC, WIDE)
@@ -117,7 +135,7 @@ def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, 
     for _ in tl.static_range(2 * K):
         sums = sums + (tl.zeros([BP, BC], tl.float32),)
     for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
-        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
         reads = all_within(lives, c < C, K)
@@ -133,14 +151,14 @@ def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, 
         tl.store(to + (2 * b + 1) * C, tl.sum(sums[2 * b + 1], 0, keep_dims=True) * invstds[b], c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=MASK_STRIDES)
 def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_dz, sum_dzx, counts, y_sn, y_sc, y_sh,
                         y_sp, d_sn, d_sc, d_sh, d_sp, o_sn, o_sc, o_sh, o_sp, mk, mn, count, pixels, width, H, W, C,
                         eps, K: tl.constexpr, NORM: tl.constexpr, BATCH: tl.constexpr, ALL: tl.constexpr,
                         READS: tl.constexpr, HAS_W: tl.constexpr, HAS_B: tl.constexpr, MASK: tl.constexpr,
                         SUM: tl.constexpr, RELU_BRANCH: tl.constexpr, RELU_OUTPUT: tl.constexpr,
-                        POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, WIDE: tl.constexpr,
-                        BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                        POOL_BEFORE: tl.constexpr, POOL_AFTER: tl.constexpr, CL: tl.constexpr, FLAT: tl.constexpr,
+                        WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """dy = scale*(dz - sum_dz/n - xhat*sum_dzx/n), the last two with batch statistics only. Grid as above, over windows
     that may be cut off by the edge, of which no output came. Reads k+1 tensors (READS: of a plain mean one), writes k.
     ALL: the statistics ran over dropped samples too, which therefore have a gradient."""
@@ -149,7 +167,7 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
     ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
     centres, slopes = corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K, BATCH)
     for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
-        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, WIDE)
+        there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
         weight = join_weight(live_count, K, MASK, SUM)
         whole = there & (c < C)
@@ -180,15 +198,16 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
                 tl.store(dys[b] + (tos[b] + step), v.to(dys[b].dtype.element_ty), ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("programs",))
 def merge_stats(mean, var, counts, partial, numbers, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
-    """Chan's merge of the partials in the order of the programs. Grid: (branch, channel blocks)."""
+    """Chan's merge of the partials: each row of the tile takes every BG-th in the order of the programs, then the rows
+    are merged. Grid: (branch, channel blocks)."""
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    base = tl.zeros([1, BC], tl.float32)
-    number = tl.zeros([1, 1], tl.float32)
-    mean_all = tl.zeros([1, BC], tl.float32)
-    m2_all = tl.zeros([1, BC], tl.float32)
+    base = tl.load(partial + 3 * b * C + c, c < C, other=0.0)
+    number = tl.zeros([BG, 1], tl.float32)
+    mean_rows = tl.zeros([BG, BC], tl.float32)
+    m2_rows = tl.zeros([BG, BC], tl.float32)
     for first in range(0, programs, BG):
         g = first + tl.arange(0, BG)[:, None]
         row = g * K + b
@@ -198,25 +217,19 @@ def merge_stats(mean, var, counts, partial, numbers, programs, C, K: tl.constexp
         origin = tl.load(partial + 3 * row * C + c, inside, other=0.0)
         part = tl.load(partial + (3 * row + 1) * C + c, inside, other=0.0)
         m2 = tl.load(partial + (3 * row + 2) * C + c, inside, other=0.0)
-        if first == 0:
-            base = tl.sum(tl.where(g == 0, origin, 0.0), 0, keep_dims=True)
-        n_sum = tl.sum(n, 0, keep_dims=True)
-        part = tl.where(n > 0, origin - base + part, 0.0)
-        inverse = 1.0 / tl.maximum(n_sum, 1.0)
-        part_all = tl.sum(part * n, 0, keep_dims=True) * inverse
-        m2_part = tl.sum(tl.where(n > 0, m2 + n * (part - part_all) * (part - part_all), 0.0), 0, keep_dims=True)
-        merged = tl.maximum(number + n_sum, 1.0)
-        delta = part_all - mean_all
-        mean_all += delta * (n_sum / merged)
-        m2_all += m2_part + delta * delta * (number * (n_sum / merged))
-        number += n_sum
+        delta = tl.where(n > 0, origin - base + part, 0.0) - mean_rows
+        ratio = n / tl.maximum(number + n, 1.0)
+        mean_rows += delta * ratio
+        m2_rows += tl.where(n > 0, m2, 0.0) + delta * delta * (number * ratio)
+        number += n
+    n_all, mean_all, m2_all = merged(number, mean_rows, m2_rows)
     tl.store(mean + b * C + c, base + mean_all, c < C)
-    tl.store(var + b * C + c, m2_all / tl.maximum(number, 1.0), c < C)
+    tl.store(var + b * C + c, m2_all / tl.maximum(n_all, 1.0), c < C)
     if tl.program_id(1) == 0:
-        tl.store(counts + b + tl.zeros([1, 1], tl.int32), number)
+        tl.store(counts + b + tl.zeros([1, 1], tl.int32), n_all)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("programs",))
 def merge_sums(sum_dz, sum_dzx, partial, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
     """Sums of the partials in the order of the programs. Grid: (2k, channel blocks)."""
     i = tl.program_id(0)

@@ -38,11 +38,16 @@ def channels(BC: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sites(tile, count, pixels, width, BP: tl.constexpr, POOL: tl.constexpr, WIDE: tl.constexpr):
-    """Of a tile: which sites exist, and their sample, row and column (without pooling, pixel). [BP, 1] each."""
+def sites(tile, count, pixels, width, BP: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr,
+          WIDE: tl.constexpr):  # fmt: skip
+    """Of a tile: which sites exist, and their sample, row and column (without pooling, pixel; FLAT: pixel of all
+    samples). [BP, 1] each."""
     first = tile * tl.full([1, 1], BP, tl.int64 if WIDE else tl.int32)
-    n, p = divide(first, pixels)
     i = tl.arange(0, BP)[:, None]
+    if FLAT:
+        p = first + i
+        return i < count - first, p * 0, p * 0, p
+    n, p = divide(first, pixels)
     more, p = divide(p.to(tl.int32) + i, pixels)  # 64-bit divisions are slow: one for the tile
     h = p * 0
     if POOL:
@@ -230,6 +235,14 @@ def site_gradients(zs, g, lives, weight, K: tl.constexpr, MASK: tl.constexpr, RE
         for b in tl.static_range(K):
             out = out + (gate(zs[b], g) if RELU_BRANCH else g,)
     return out
+
+
+@triton.jit
+def merged(number, mean, m2):
+    """Chan's merge over the rows: how many values, their mean and the sum of their squared deviations, [1, BC] each."""
+    n = tl.sum(number, 0, keep_dims=True)
+    centre = tl.sum(mean * number, 0, keep_dims=True) * (1.0 / tl.maximum(n, 1.0))
+    return n, centre, tl.sum(m2 + number * (mean - centre) * (mean - centre), 0, keep_dims=True)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 import torch
 
+from fractal_kernels import BackendUnavailable
 from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import anytime, config, evaluate, export, outputs, plots, probes, study, trained
@@ -274,9 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.error(f"unknown argument {' '.join(rest)}; the options are: {command.options()}")
     try:
         arguments.run(arguments, rest) if trains else arguments.run(arguments)
-    except UserError as error:
+    except (UserError, BackendUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the end does not write there either
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130

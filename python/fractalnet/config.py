@@ -181,7 +181,7 @@ def parser() -> Any:
     require("jsonargparse")
     from jsonargparse import ArgumentParser
 
-    made = ArgumentParser(prog="python -m fractalnet train", exit_on_error=False, add_help=False)
+    made = ArgumentParser(prog="python -m fractalnet train", exit_on_error=False, add_help=False, allow_abbrev=False)
     made.add_class_arguments(Config, None)
     return made
 
@@ -221,11 +221,13 @@ def parse(recipe: dict[str, Any], argv: Sequence[str], what: str, also: str) -> 
 
     made = parser()
     made.add_argument("--recipe", action="config")
+    given = {a.partition("=")[0] for a in dashes(argv)}
+    if "--network.name" in given and "name" not in recipe.get("network", {}):
+        recipe = {**recipe, "network": {}}  # columns and channels of its own are not those of a network by name
     start = ["--recipe", yaml.safe_dump(recipe)]
     alone = attempt(made, start, what, also)
     found = attempt(made, [*start, *dashes(argv)], "train", also)
     ratio = found.epochs / alone.epochs
-    given = {a.partition("=")[0] for a in dashes(argv)}
     kept = {key: found.schedule[key] == alone.schedule[key] for key in ("milestones", "warmup")}
     if kept["milestones"] and not given & {"--schedule", "--schedule.milestones", "--schedule.milestones+"}:
         found.schedule.milestones = [m * ratio for m in found.schedule.milestones]

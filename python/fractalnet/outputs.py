@@ -199,7 +199,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from a checkout that is not installed
             found[package] = str(getattr(sys.modules.get(package.replace("-", "_")), "__version__", "not installed"))
-    found["torch"] = str(torch.__version__)  # with its build, such as +cu132, which the package's metadata may leave out
+    found["torch"] = str(torch.__version__)  # with its build, +cu132, which a package's metadata may lack
     return found
 
 

@@ -105,6 +105,10 @@ class Run:
             self.optimizer = fabric.setup_optimizers(config.optimizer(self.net.parameters()))
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"recipe {name}: optimizer: {' '.join(str(error).split())}") from error
+        kind = type(self.optimizer.optimizer).__name__
+        if kind in ("LBFGS", "SparseAdam"):
+            why = "it calls the step again" if kind == "LBFGS" else "its gradients are sparse"
+            raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {why}")
         fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
         if config.precision == "fp16" and config.clip is not None and fused:
             raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
