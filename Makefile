@@ -64,7 +64,8 @@ interpret: $(STAMP)
 # extension loaded into a CUDA build of the oldest PyTorch that can load it, and built there. Ten minutes, 5 GB.
 cuda-check: $(STAMP)
 	FRACTAL_CUDA=all $(PY) -m pytest -q tests/test_simt.py tests/test_cuda.py $(ARGS)
-	FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@echo "the CUDA extension for every architecture, on $$(nproc) cores:"
+	time -p env FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_load.py

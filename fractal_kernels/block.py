@@ -199,6 +199,9 @@ def fractal_block(
     for name, t in tensors.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
+    for name, t in (("mean", mean), ("var", var)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: expected {name} that requires no gradient: statistics have none")
     if (mean is None) != (var is None):
         raise ValueError(f"{op}: expected mean and var both or neither, got one")
     path = checks.tensor(op, "path", path, (torch.bool,))

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from zlib import crc32
 
 import cases
 import pytest
@@ -75,9 +76,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Most of a test's time on Triton is compiling or interpreting: several processes share the suite."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Most of a test's time on Triton is compiling or interpreting: several processes share the suite, mixed, so that
+    what they reach in a time is of every kind."""
     first, of = map(int, config.getoption("--shard").split("/"))
+
+    def order(item: pytest.Item) -> tuple[int, int]:
+        file = LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
+        return file, crc32(item.nodeid.encode()) if of > 1 else 0
+
+    items.sort(key=order)
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != first])
     items[:] = items[first::of]
 

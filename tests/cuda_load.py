@@ -5,7 +5,10 @@ python tests/cuda_load.py     with fractal_kernels installed, or on PYTHONPATH
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +29,10 @@ def main() -> int:
     module, reason = backends.extension("cuda")
     if module is None:
         sys.exit(f"the CUDA extension is not there: {reason}")
+    # What a launch asks for first, and no machine without a GPU would miss.
+    stream = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
+    assert stream.aoti_torch_get_current_cuda_stream
+    print(f"{module.__file__}: {os.path.getsize(module.__file__) / 1e6:.1f} MB; {module.problem(0) or 'it runs here'}")
     info = module.build_info()
     print(f"torch {torch.__version__}, extension {info}")
     for kernel in KERNELS:
@@ -52,6 +59,10 @@ def main() -> int:
                 check(ops.join_forward(ys, mask, *norm, 1e-5, flags, "cuda"), out.shape, layout)
                 sums = ops.join_backward_reduce(out, ys, mask, *norm, 1e-5, flags, "cuda")
                 assert [s.shape for s in sums] == [(3, 16)] * 2
+                plain = ops.join_forward(ys, mask, [], [], [], [], 0.0, 0, "cuda")
+                check(plain, ys[0].shape, layout)
+                for dy in ops.join_backward_apply(plain, [], mask, [], [], [], [], [], 3, 0.0, 0, "cuda"):
+                    check(dy, ys[0].shape, layout)
                 for dy in ops.join_backward_apply(out, ys, mask, *norm, [*sums, count], 3, 1e-5, flags, "cuda"):
                     check(dy, ys[0].shape, layout)
     print("every kernel is registered for CUDA; fake tensors pass through all of them")

@@ -288,6 +288,9 @@ def test_block():
         fk.fractal_block(x, None, None, None, path)
     with pytest.raises(TypeError, match=r"fractal_block: expected weights\[1\] to be a Tensor, got NoneType"):
         fk.fractal_block(x, [w[0], None], None, None, path)
+    moments = {name: torch.ones(3, 2, requires_grad=name == "mean") for name in ("mean", "var")}
+    with pytest.raises(ValueError, match="fractal_block: expected mean that requires no gradient"):
+        fk.fractal_block(x, w, None, None, path, **moments)
     with pytest.raises(TypeError, match="fractal_block: expected path to be a Tensor, got list"):
         fk.fractal_block(x, w, None, None, path.tolist())
     with pytest.raises(ValueError, match="fractal_block: expected dropout in .0, 1., got 'a'"):

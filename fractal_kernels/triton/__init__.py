@@ -145,11 +145,11 @@ def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tens
     programs, blocks = call.grid(device)
     partial = mean.new_empty((programs, k, 3, channels))
     numbers = mean.new_empty((programs, k))
-    y_strides = _strides(ys, False)
+    y_strides, wide = _strides(ys, False), channels_last and channels % 16 == 0  # 16: what Triton looks at
     with _on(device):
         kernels.channel_stats[(programs, blocks)](
             partial, numbers, tuple(ys), call.mask, *y_strides, *call.mask_strides, call.count, call.geometry[1],
-            channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=config.STATS_UNROLL[channels_last],
+            channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=config.STATS_UNROLL[wide],
             **call.constants,
         )  # fmt: skip
         tile = config.merge(channels)

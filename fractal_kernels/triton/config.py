@@ -16,7 +16,8 @@ PROGRAMS_PER_PROCESSOR = 8  # of the elementwise kernels; a reduction writes a p
 REDUCERS_PER_PROCESSOR = {"channel_stats": 4, "join_backward_reduce": 2}  # all of them run at once
 # Where pixels are contiguous, each counts its values by itself: more registers, 3 blocks.
 CONTIGUOUS_STATS = (168, 3)
-STATS_UNROLL = {True: 4, False: 2}  # loads of a thread that are on their way together, by channels_last
+# Loads of a thread that are on their way together; fewer where they are not of channels by 128 bits.
+STATS_UNROLL = {True: 4, False: 2}
 # The kernels that may be tuned: each of their outputs depends on one site and channel, so that no tile changes a bit of
 # it. channel_stats and join_backward_reduce add up in an order that their tile and grid give.
 ELEMENTWISE = ("join_forward", "join_backward_apply")

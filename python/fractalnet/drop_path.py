@@ -44,8 +44,13 @@ class Path:
         return f"Path(keep={list(self.keep.shape)}, column={self.column})"
 
 
-@cache
+@torch.compiler.assume_constant_result  # it would trace through what is cached, and warn
 def _ends(columns: int) -> Tensor:
+    return _made_once(columns)
+
+
+@cache
+def _made_once(columns: int) -> Tensor:
     s = schedule(columns)
     ends = torch.zeros(s.rows, columns, dtype=torch.bool, device="cpu")
     for row, units in enumerate(s.ends):

@@ -241,6 +241,8 @@ class FractalNet(nn.Module, Hub):
             column: run this column alone instead (in evaluation with its own statistics).
             dense: run dropped branches too and mask them (a check of the skipping, slower).
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"FractalNet: expected x to be a Tensor, got {type(x).__name__}")
         if column is not None:
             if path is not None:
                 raise ValueError("FractalNet: expected path or column, got both")
