@@ -33,7 +33,9 @@ TESTS = " or ".join(
     f"test_{name}"
     for name in (
         "all_flags", "plain_flags", "number_of_branches", "everything_dropped", "empty_batch", "mask_dtypes",
-        "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck",
+        "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck", "statistics_of_dropped_branches",
+        "dropped_branches_are_not_read", "dropped_sample", "windows_of_minus_infinity", "no_channels", "expanded",
+        "only_the_gradients",
     )
 )  # fmt: skip
 PROCESSES = 2

@@ -148,7 +148,9 @@ def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, 
     to = partial + tl.program_id(0).to(tl.int64) * (2 * K * C) + c
     for b in tl.static_range(K):
         tl.store(to + 2 * b * C, tl.sum(sums[2 * b], 0, keep_dims=True), c < C)
-        tl.store(to + (2 * b + 1) * C, tl.sum(sums[2 * b + 1], 0, keep_dims=True) * invstds[b], c < C)
+        dzx = tl.sum(sums[2 * b + 1], 0, keep_dims=True)
+        dzx = tl.where(dzx == 0, 0.0, dzx * invstds[b])  # of a dropped branch it may be infinite
+        tl.store(to + (2 * b + 1) * C, dzx, c < C)
 
 
 @triton.jit(do_not_specialize=MASK_STRIDES)
@@ -186,8 +188,8 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
         tos = all_offsets(n, h, w, c, d_sn, d_sc, d_sh, d_sp, K, 2 if NP == 4 else 1, CL)
         for b in tl.static_range(K):
             for e in tl.static_range(NP):
-                v = tl.where(lives[b], dzs[b * NP + e], 0.0) if MASK else dzs[b * NP + e]
-                v = v * scales[b] if NORM else v
+                v = dzs[b * NP + e] * scales[b] if NORM else dzs[b * NP + e]
+                v = tl.where(lives[b], v, 0.0) if MASK else v
                 ok = there & (c < C)
                 if BATCH:
                     v += centres[b] + slopes[b] * ds[b * NP + e]

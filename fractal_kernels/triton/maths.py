@@ -260,9 +260,9 @@ def accumulate(sums, dzs, ds, lives, K: tl.constexpr, NP: tl.constexpr, MASK: tl
     for b in tl.static_range(K):
         dz, dzd = sums[2 * b], sums[2 * b + 1]
         for e in tl.static_range(NP):
-            v = tl.where(lives[b], dzs[b * NP + e], 0.0) if MASK else dzs[b * NP + e]
-            dz += v
-            dzd += v * ds[b * NP + e]
+            v, vd = dzs[b * NP + e], dzs[b * NP + e] * ds[b * NP + e]
+            dz += tl.where(lives[b], v, 0.0) if MASK else v
+            dzd += tl.where(lives[b], vd, 0.0) if MASK else vd  # statistics of a dropped branch may be NaN
         out = out + (dz, dzd)
     return out
 
