@@ -172,7 +172,7 @@ def _known(op: str, argument: str, name: object) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the ``with`` block on this backend.
+    """Runs every op inside the ``with`` block, in this thread, on this backend.
 
     Args:
         name: one of the backends of :func:`available_backends`.

@@ -146,7 +146,7 @@ class Run:
         config, made = self.config, GraphedStep(self.net, self.optimizer.optimizer, self.work)
         several = "steps of several devices wait for one another" if self.fabric.world_size > 1 else ""
         grouped = "gradients of several batches are added up" if config.accumulate > 1 else ""
-        compiled = "torch.compile has graphs of its own" if config.compile else ""
+        compiled = "steps that torch.compile has are not captured" if config.compile else ""
         if reason := several or grouped or compiled or made.problem:
             self.fabric.print(f"--graphs: not used: {reason}")
             return None
