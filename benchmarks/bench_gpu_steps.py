@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases, steps
 from benchmarks.cases import GPU_NETS
-from benchmarks.compare import Contender, hold_together
+from benchmarks.compare import Contender, hold_together, relative_error
 from fractal_kernels import use_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.keep_compiled]
@@ -43,6 +43,7 @@ AGAINST = {
 }
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of a loss, after layers of that precision
 GRADIENTS = 1e-2  # of all of them in float32, as one vector
+NOISE = 30  # times what a rounding of the images changes
 BATCHES = {"fractalnet20": (100, 1024), "fractalnet40": (100, 1024), "fractalnet34": (64,)}
 # Batches and precisions of the headline, then the others.
 CELLS = [
@@ -57,6 +58,11 @@ ROWS = [
     for cell in (cells if against != "autotuned" else [c for c in CELLS[0] if c in cells and c[0] in BATCHES])
     for drop_path in ("mixture", "off")
 ]
+
+
+def nudged(x: Tensor) -> Tensor:
+    """Images that differ by about a rounding of float32."""
+    return x + 1e-7 * torch.randn_like(x)
 
 
 class Nets:
@@ -81,36 +87,52 @@ class Nets:
         self.own = torch.compile(self.ours, mode=OWN_MODE)
 
     def gate(self) -> None:
-        """The forms agree in float32, with everything kept and on drawn paths, before anything is timed."""
+        """The forms agree in float32, with everything kept and on drawn paths, before anything is timed.
+
+        As far as the network lets them: at 160 layers, batch norm makes 1e-3 and more of a rounding of the images. What
+        the dense network makes of it is the measure.
+        """
         x, everything = self.x, steps.full_path(self.net)
         for model in (self.ours, self.public, self.dense):
             model.train()
         with torch.no_grad():
             expected = self.dense(x, self.full)
-            hold_together("eager", [self.public(x, self.full)], [expected], steps.TOLERANCE)
+            self.tolerance = max(steps.TOLERANCE, NOISE * relative_error(self.dense(nudged(x), self.full), expected))
+            hold_together("eager", [self.public(x, self.full)], [expected], self.tolerance)
             for contender, backend in OURS.items():
                 with use_backend(backend):
-                    hold_together(f"{contender}, full", [self.ours(x, path=everything)], [expected], steps.TOLERANCE)
+                    hold_together(f"{contender}, full", [self.ours(x, path=everything)], [expected], self.tolerance)
                     for i, path in enumerate(self.paths[:4]):
                         wanted = self.dense(x, self.masks[i])
                         for dense in (False, True):
                             got = self.ours(x, path=path, dense=dense)
-                            hold_together(f"{contender}, path {i}", [got], [wanted], steps.TOLERANCE)
+                            hold_together(f"{contender}, path {i}", [got], [wanted], self.tolerance)
+        x = x[:64]  # the dense network's activations in float32 are tens of GB for 1024 images
+        expected = self.gradients(self.dense, lambda: self.dense(x, self.full))
+        noise = NOISE * relative_error(self.gradients(self.dense, lambda: self.dense(nudged(x), self.full)), expected)
+        if noise > 1:
+            print(f"gradients are not held together: {noise / NOISE:.2g} of them is a rounding of the images")
+            return
         for contender, backend in OURS.items():
             with use_backend(backend):
-                F.cross_entropy(self.ours(x, path=everything), self.y).backward()
-            with torch.no_grad():  # the gradients in the dense network's order, by the way of the weights
+                got = self.gradients(self.ours, lambda: self.ours(x, path=everything))
+            hold_together(f"{contender}, gradients", [got], [expected], max(GRADIENTS, noise))
+
+    def gradients(self, model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
+        """Of all weights in the dense network's order, as one vector; nothing else is changed."""
+        logits = forward()
+        F.cross_entropy(logits, self.y[: len(logits)]).backward()
+        if model is self.ours:  # into that order by the way of the weights
+            with torch.no_grad():
                 for p in self.ours.parameters():
                     p.copy_(p.grad)
                 self.dense.load_from(self.ours)
-            got = torch.cat([p.detach().flatten() for p in self.dense.parameters()])
-            self.restore()
-            F.cross_entropy(self.dense(x, self.full), self.y).backward()
-            expected = torch.cat([p.grad.flatten() for p in self.dense.parameters()])
-            hold_together(f"{contender}, gradients", [got], [expected], GRADIENTS)
-            for model in (self.ours, self.dense):
-                model.zero_grad(set_to_none=True)
-            self.restore()
+            found = torch.cat([p.detach().flatten() for p in self.dense.parameters()])
+        else:
+            found = torch.cat([p.grad.flatten() for p in self.dense.parameters()])
+        model.zero_grad(set_to_none=True)
+        self.restore()
+        return found
 
     def restore(self) -> None:
         """The weights and statistics that all began with: contenders share a network and train it."""
@@ -131,7 +153,7 @@ class Nets:
         with torch.no_grad(), self.mixed():
             expected = F.cross_entropy(self.dense(self.x, path.keep.to(DEVICE)), self.y)
         self.restore()
-        hold_together(what, [step()], [expected], TOLERANCE[self.precision])
+        hold_together(what, [step()], [expected], max(TOLERANCE[self.precision], self.tolerance))
         self.restore()
 
     def graphed(self, backend: str) -> GraphedStep:
