@@ -219,11 +219,11 @@ class Nets:
         for name in AGAINST[against]:
             try:
                 call = makers[name]()
-                if name.endswith("compiled") or name in MODES:  # what the compiler made
-                    for i in range(min(2, len(self.paths))):
-                        self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
-                else:
+                if name == "eager":  # it draws its masks itself; its forward was held to given ones
                     call(0)
+                else:
+                    for i in range(2):
+                        self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
                 found[name] = call
             except (torch.OutOfMemoryError, AssertionError) as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):

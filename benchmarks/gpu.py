@@ -1,12 +1,12 @@
 """``make gpu``: the round on a machine with a CUDA GPU, offline, with the PyTorch, Triton and nvcc that are there.
 
-Stages, each with its log: build (the extensions, in place), test (every backend on the GPU, in several processes:
+Stages: build (the extensions, in place), test (every backend on the GPU, in several processes:
 compiling takes most of the time), sanitize (only when named: compute-sanitizer on the CUDA kernels), tune (only when
 named: the tiles of the Triton kernels, for what is measured), kernels (the microbenchmarks), steps (training steps).
 The round ends in time: every stage has a limit, tests and rows that it does not reach are skipped, and the last stage
 has what the others left. After build failed nothing is measured; after a test failed rows still are, since each is
 held against a reference before it is timed, but the README then says so. Leaves in one folder <gpu>-<commit>.json,
-written after every stage, its plots, and a log of each stage; a later round of the same commit, with nothing changed,
+written after every stage, its plots, and the log of all stages; a later round of the same commit, with nothing changed,
 measures the rows that are not there. Where only the files travel and there is no git, FRACTAL_COMMIT names the commit.
 Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
 

@@ -4,6 +4,7 @@ import fractalnet
 import pytest
 import torch
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
+from torch.utils.checkpoint import checkpoint
 
 
 def count(model):
@@ -168,3 +169,16 @@ def test_paths_are_drawn_on_the_cpu(granularity):
         for seed in range(4):
             path = sample_path(2, 3, 8, granularity=granularity, generator=torch.Generator("cpu").manual_seed(seed))
             assert path.keep.device.type == "cpu" and path.keep.any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """With a path that was drawn once the recomputed network is the same one."""
+    net, x = fractalnet.FractalNet(5, 3, (4, 8), image_size=8), torch.randn(4, 3, 8, 8, requires_grad=True)
+    for _ in range(4):
+        path, found = net.sample_path(4), []
+        for out in (net(x, path), checkpoint(net, x, path, use_reentrant=reentrant)):
+            net.zero_grad()
+            out.square().sum().backward()
+            found.append([p.grad.clone() for p in net.parameters()])
+        assert all(map(torch.equal, *found))

@@ -144,12 +144,22 @@ def test_options_lie_over_the_recipe(tmp_path):
         (["--network.rows", "9"], ["recipe digits", "rows"]),
         (["--keep", "0"], ["--keep", "1 or more"]),
         (["--resume"], ["--resume", "no checkpoint"]),
+        (["--epoch", "1"], ["unknown argument --epoch 1"]),
+        (["--optimizer", "LBFGS"], ["optimizer", "LBFGS"]),
+        (["--network.name", "fractal_c2"], ["image_size >= 32", "got 8"]),  # its five pools, not the recipe's three
     ],
 )
 def test_wrong_options(argv, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(["train", "digits", *argv], words)
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_wrong_backend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FRACTAL_BACKEND", "nope")
+    assert main(["train", "digits", "--out", str(tmp_path / "run")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert last.startswith("error: ") and "expected FRACTAL_BACKEND one of cpu" in last and "got 'nope'" in last
 
 
 @pytest.mark.parametrize("text", ["- 1", "epochs: [", "epochs: 3", "network: {}\nspeed: 3"])
