@@ -58,7 +58,7 @@ aot: $(STAMP)
 
 # The whole operator suite on the Triton kernels, interpreted on the CPU. Half an hour; `make test` has the better part.
 interpret: $(STAMP)
-	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
+	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
 
 # The CUDA sources without a GPU: executed on the host, also by sanitizers; compiled by nvcc, its machine code read; the
 # extension loaded into a CUDA build of the oldest PyTorch that can load it, and built there. Ten minutes, 5 GB.

@@ -153,7 +153,7 @@ def kernel_call(
     """The launch of one kernel that fills ``outputs``."""
     code = POOL if kernel.endswith("_pool") else RELU
     calls: dict[str, Callable[[], Any]] = {
-        "stats": lambda: launch.channel_stats(*outputs, ys, None, channels_last),
+        "stats": lambda: launch.channel_stats(*outputs, ys, None, [], 0.0, None, channels_last),
         "mean": lambda: launch.join_forward(*outputs, ys, None, [], [], [], [], 0.0, 0, channels_last),
         "forward": lambda: launch.join_forward(*outputs, ys, None, *norm, 1e-5, code, channels_last),
         "reduce": lambda: launch.join_backward_reduce(*outputs, grad, ys, None, *norm, 1e-5, code, channels_last),
@@ -182,7 +182,7 @@ def test_kernel(
     (n, c, h, w), ys = SHAPE, [filled(dtype, layout) for _ in range(K)]
     size = (n, c, h // 2, w // 2) if kernel.endswith("_pool") else SHAPE
     grad = torch.empty(size, dtype=dtype, device=DEVICE, memory_format=layout).normal_()
-    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, "reference")
+    mean, var, count = torch.ops.fractal_kernels.channel_stats(ys, None, [], 0.0, None, "reference")
     weights, biases = ([torch.rand(c, device=DEVICE) + 0.5 for _ in range(K)] for _ in range(2))
     norm = (list(mean.unbind()), list(var.unbind()), weights, biases)
     sums = [*(0.1 * count[0] * torch.randn_like(mean) for _ in range(2)), count]

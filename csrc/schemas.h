@@ -6,8 +6,8 @@ namespace fractal {
 template <class Library>
 void define_launchers(Library& m) {
   m.def(
-      "channel_stats(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) count, Tensor[] ys, Tensor? mask, bool channels_last)"
-      " -> ()");
+      "channel_stats(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) count, Tensor[] ys, Tensor? mask,"
+      " Tensor(d!)[] running, float momentum, Tensor? momenta, bool channels_last) -> ()");
   m.def(
       "join_forward(Tensor(a!) out, Tensor[] ys, Tensor? mask, Tensor[] means, Tensor[] vars, Tensor[] weights,"
       " Tensor[] biases, float eps, int flags, bool channels_last) -> ()");

@@ -295,7 +295,7 @@ class Statistics:
         if not self.rows.counted:
             k = self.rows.channels
             mean, var = self.flat[0].narrow(1, first * k, n * k), self.flat[1].narrow(1, first * k, n * k)
-            self.launch.channel_stats(mean, var, self.unread, [y], None, True)
+            self.launch.channel_stats(mean, var, self.unread, [y], None, [], 0.0, None, True)
             return
         layer = self.row.at(conv.group)
         if layer == len(self.layers):
@@ -303,12 +303,12 @@ class Statistics:
         mean, var, count = (t[first : first + n] for t in self.layers[layer])
         mask = self.rows.unit_masks(conv)
         if mask is None:
-            self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), self.unread, [y], None, True)
+            self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), self.unread, [y], None, [], 0.0, None, True)
             count.fill_(y.shape[0] * y.shape[2] * y.shape[3])
         else:
             k = self.rows.channels
             branches = [y if n == 1 else y.narrow(1, i * k, k) for i in range(n)]
-            self.launch.channel_stats(mean, var, count, branches, mask, True)
+            self.launch.channel_stats(mean, var, count, branches, mask, [], 0.0, None, True)
 
     def finish_row(self, row: int) -> None:
         """Adds up what several segments, and then what all ranks found of the units that start at a row."""

@@ -103,7 +103,10 @@ def pooled(shape: Sequence[int]) -> tuple[int, ...]:
 
 _LIB = torch.library.Library("fractal_kernels", "DEF")
 _NORM = "Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases"
-_LIB.define("channel_stats(Tensor[] ys, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor)")
+_LIB.define(
+    "channel_stats(Tensor[] ys, Tensor? mask, Tensor(a!)[] running, float momentum, Tensor? momenta, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 _LIB.define(
     f"join_forward(Tensor[] ys, Tensor? mask, {_NORM}, float eps, int flags, str backend) -> Tensor",
 )
@@ -136,13 +139,28 @@ def _alloc_apply(grad: Tensor, like: Tensor, branches: int, channels_last: bool)
 
 
 @torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
-def _channel_stats(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_stats(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    running: list[Tensor],
+    momentum: float,
+    momenta: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [k, C], number of values [k]; ``running``, k means and k variances, moves by
+    ``momentum`` or by ``momenta`` [k] where there were values."""
     out = _alloc_stats(ys)
     if ys[0].shape[1] == 0:
         out[2].zero_()
         return out
     ys, channels_last = in_one_layout(ys)
-    backends.launcher(backend).channel_stats(*out, ys, mask, channels_last)
+    exact = [t if t.dtype == out[0].dtype and t.is_contiguous() else t.to(out[0].dtype).contiguous() for t in running]
+    backends.launcher(backend).channel_stats(*out, ys, mask, exact, momentum, momenta, channels_last)
+    for t, moved in zip(running, exact, strict=True):
+        if t is not moved:
+            t.copy_(moved)
+        elif not t.is_inference():
+            torch.autograd.graph.increment_version(t)  # kernels write past autograd
     return out
 
 
@@ -217,7 +235,14 @@ def _join_backward_apply(
 
 
 @torch.library.register_fake("fractal_kernels::channel_stats", lib=_LIB)
-def _channel_stats_fake(ys: list[Tensor], mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_stats_fake(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    running: list[Tensor],
+    momentum: float,
+    momenta: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _alloc_stats(ys)
 
 

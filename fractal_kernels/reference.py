@@ -83,7 +83,17 @@ def _dz(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:
     return dzs
 
 
-def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
+def channel_stats(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    ys: List,
+    mask: Tensor | None,
+    running: List,
+    momentum: float,
+    momenta: Tensor | None,
+    channels_last: bool,
+) -> None:
     axes = [d for d in range(ys[0].dim()) if d != 1]
     for i, y in enumerate(ys):
         alive = _alive(mask, i, y).expand(y.shape[0], *(1,) * (y.dim() - 1))
@@ -94,6 +104,17 @@ def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tens
         shift = away.sum(axes) / number  # what rounding left of the mean in a long sum
         mean[i] += shift
         var[i] = away.square().sum(axes) / number - shift.square()
+    if running:
+        update_running(running, mean, var, count, momentum if momenta is None else momenta)
+
+
+def update_running(running: List, mean: Tensor, var: Tensor, count: Tensor, momentum: float | Tensor) -> None:
+    """k running means and k running (unbiased) variances, in place; a branch without values keeps its own."""
+    unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
+    factors = ((count > 0).to(count.dtype) * momentum).unbind()
+    batch = zip((*mean.unbind(), *unbiased.unbind()), (*factors, *factors), running, strict=True)
+    news, shares = zip(*((new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch), strict=True)
+    torch._foreach_lerp_(running, news, shares)
 
 
 def join_forward(

@@ -54,7 +54,7 @@ def main() -> int:
                 check(out, (4, 16, *((4, 4) if pool else (8, 8))), layout)
                 # Not through autograd, whose engine asks for the device.
                 ops = torch.ops.fractal_kernels
-                mean, var, count = ops.channel_stats(ys, mask, "cuda")
+                mean, var, count = ops.channel_stats(ys, mask, [*means, *vars], 0.1, None, "cuda")
                 assert mean.shape == var.shape == (3, 16) and count.shape == (3,)
                 check(ops.join_forward(ys, mask, *norm, 1e-5, flags, "cuda"), out.shape, layout)
                 sums = ops.join_backward_reduce(out, ys, mask, *norm, 1e-5, flags, "cuda")

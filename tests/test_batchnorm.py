@@ -109,7 +109,7 @@ def test_statistics_where_the_mean_is_5000_standard_deviations(shape, layout, ba
     channels = shape[1]
     y = (torch.randn(shape) + 5000 + torch.arange(channels).view(1, -1, 1, 1)).contiguous(memory_format=layout)
     exact = y.double().transpose(0, 1).flatten(1)
-    mean, var, count = torch.ops.fractal_kernels.channel_stats([y], None, backend)
+    mean, var, count = torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, backend)
     mean_error = (mean[0].double() - exact.mean(1)).abs().max().item()
     std_error = (var[0].double().sqrt() - exact.var(1, correction=0).sqrt()).abs().max().item()
     assert count.item() == y.numel() / channels
@@ -127,7 +127,7 @@ def test_constant_channels(backend):
     """No variance: the output is the bias, the gradient finite, the variance exactly 0."""
     for value in (0.0, 1.0, -3e4, 0.1):
         x = torch.full((4, 3, 5, 5), value, requires_grad=True)
-        mean, var, _ = torch.ops.fractal_kernels.channel_stats([x.detach()], None, backend)
+        mean, var, _ = torch.ops.fractal_kernels.channel_stats([x.detach()], None, [], 0.0, None, backend)
         torch.testing.assert_close(mean, torch.full((1, 3), value), rtol=1.2e-7, atol=0)
         assert var.max().item() <= (value * 1.2e-7) ** 2
         out = bn_relu(x, torch.ones(3), torch.full((3,), 0.5), None, None, True, backend=backend)

@@ -142,8 +142,10 @@ def test_more_than_2_31_elements(layout, gpu_backend):
             out[n : n + 1], bn_relu_join(alone, None, None, [mean] * 2, [var] * 2, backend=gpu_backend, **options)
         )
     del out
-    stats = torch.ops.fractal_kernels.channel_stats(ys[:1], None, gpu_backend)
-    parts = [torch.ops.fractal_kernels.channel_stats([part], None, gpu_backend) for part in ys[0].chunk(4)]
+    stats = torch.ops.fractal_kernels.channel_stats(ys[:1], None, [], 0.0, None, gpu_backend)
+    parts = [
+        torch.ops.fractal_kernels.channel_stats([part], None, [], 0.0, None, gpu_backend) for part in ys[0].chunk(4)
+    ]
     torch.testing.assert_close(stats[0], sum(p[0] for p in parts) / 4, rtol=1e-4, atol=1e-6)
     between = torch.stack([p[0] for p in parts]).var(0, correction=0)
     torch.testing.assert_close(stats[1], sum(p[1] for p in parts) / 4 + between, rtol=1e-4, atol=1e-6)
@@ -167,7 +169,7 @@ def test_opcheck(mask, gpu_backend):
     ops, v = torch.ops.fractal_kernels, [torch.rand(4) + 0.5 for _ in range(2)]
     g = torch.randn(3, 4, 6, 6)
     for op, args in (
-        (ops.channel_stats, (y, m, gpu_backend)),
+        (ops.channel_stats, (y, m, [*v, *v], 0.1, m if m is None else torch.rand(2), gpu_backend)),
         (ops.join_forward, (y, m, v, v, v, v, 1e-5, 2, gpu_backend)),
         (ops.join_backward_reduce, (g, y, m, v, v, v, v, 1e-5, 2, gpu_backend)),
         (ops.join_backward_apply, (g, y, m, v, v, v, v, [], 2, 1e-5, 2, gpu_backend)),

@@ -212,7 +212,7 @@ def test_no_channels(layout, backend):
     ):
         assert out.shape == (2, 0, 4, 4)
         assert [g.shape for g in torch.autograd.grad(out.sum(), ys)] == [y.shape for y in ys]
-    _, _, count = torch.ops.fractal_kernels.channel_stats([y.detach() for y in ys], None, backend)
+    _, _, count = torch.ops.fractal_kernels.channel_stats([y.detach() for y in ys], None, [], 0.0, None, backend)
     assert (count == count).all()
 
 

@@ -35,7 +35,7 @@ TESTS = " or ".join(
         "all_flags", "plain_flags", "number_of_branches", "everything_dropped", "empty_batch", "mask_dtypes",
         "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck", "statistics_of_dropped_branches",
         "dropped_branches_are_not_read", "dropped_sample", "windows_of_minus_infinity", "no_channels", "expanded",
-        "only_the_gradients",
+        "only_the_gradients", "running_statistics",
     )
 )  # fmt: skip
 PROCESSES = 2
@@ -52,7 +52,7 @@ def interpreted(*command: str) -> subprocess.Popen[str]:
 
 def test_every_flag_under_the_interpreter():
     """Forward and gradients of every combination of flags against the float64 oracle."""
-    files = (str(HERE / "test_ops.py"), str(HERE / "test_triton.py"), str(HERE / "test_gpu.py"))
+    files = [str(HERE / f"test_{name}.py") for name in ("ops", "running", "triton", "gpu")]
     suite = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "-k", TESTS)
     running = [interpreted(*suite, "--shard", f"{i}/{PROCESSES}") for i in range(PROCESSES)]
     for process in running:

@@ -130,7 +130,8 @@ def call_all(
     norm = (vectors, vectors, vectors, vectors)
     mask = torch.ones(k, n, dtype=torch.bool) if masked else None
     rows, count = torch.empty(k, c), torch.empty(k)
-    launchers.channel_stats(rows, rows, count, ys, mask, channels_last)
+    momenta = torch.empty(k) if masked else None
+    launchers.channel_stats(rows, rows, count, ys, mask, [*vectors, *vectors], 0.1, momenta, channels_last)
     launchers.join_forward(out, ys, mask, *norm, 1e-5, int(flags), channels_last)
     launchers.join_backward_reduce(rows, rows, out, ys, mask, *norm, 1e-5, int(flags), channels_last)
     launchers.join_backward_apply(dys, out, ys, mask, *norm, [rows, rows, count], 1e-5, int(flags), channels_last)

@@ -90,7 +90,7 @@ def rows() -> list[dict[str, Any]]:
         ]  # fmt: skip
         if not pool:
             calls.insert(0, ("channel_stats", ys, live * y, launchers.channel_stats,
-                             (mean, var, count, ys, given, channels_last)))  # fmt: skip
+                             (mean, var, count, ys, given, [], 0.0, None, channels_last)))  # fmt: skip
         for name, tensors, minimum, launch, args in calls:
             table.append(
                 {

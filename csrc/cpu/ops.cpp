@@ -207,8 +207,28 @@ struct Moments {
   }
 };
 
+// Running means, then variances, of all branches; or none. A branch without values keeps its own.
+struct Running {
+  const Tensors& tensors;
+  double momentum;
+  const std::optional<Tensor>& momenta;
+
+  template <class A>
+  void update(int b, const A* mean, const A* var, A values, int64_t C) const {
+    if (tensors.empty() || values == 0) return;
+    const A keep = momenta ? static_cast<const A*>(momenta->data_ptr())[b] : static_cast<A>(momentum);
+    const A unbiased = values / std::max(values - 1, A(1));
+    auto* means = static_cast<A*>(tensors[b].data_ptr());
+    auto* vars = static_cast<A*>(tensors[tensors.size() / 2 + b].data_ptr());
+    for (int64_t c = 0; c < C; ++c) {
+      means[c] = (1 - keep) * means[c] + keep * mean[c];
+      vars[c] = (1 - keep) * vars[c] + keep * (unbiased * var[c]);
+    }
+  }
+};
+
 template <class A>
-void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& count) {
+void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& count, const Running& running) {
   const RunFn run = select_run();
   const Blocks blocks(job);
   const int64_t C = job.C, stride = 1 + 3 * C;
@@ -243,12 +263,15 @@ void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& coun
     double total = 0;
     for (int64_t n = 0; n < job.N; ++n) total += job.live(b, n) ? job.Wo : 0;
     static_cast<A*>(count.data_ptr())[b] = static_cast<A>(total);
+    running.update(b, mean_out, var_out, static_cast<A>(total), C);
   }
 }
 
-void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, bool channels_last) {
+void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, Tensors running,
+                   double momentum, std::optional<Tensor> momenta, bool channels_last) {
   const Job job = make_job(Kernel::kStats, ys[0], geometry_of(ys[0], false), ys, ys.size(), mask, 0, channels_last);
-  with_accumulator(job.dtype, [&](auto a) { channel_stats_typed<decltype(a)>(job, mean, var, count); });
+  const Running updated{running, momentum, momenta};
+  with_accumulator(job.dtype, [&](auto a) { channel_stats_typed<decltype(a)>(job, mean, var, count, updated); });
 }
 
 void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars, Tensors weights,

@@ -8,9 +8,17 @@ namespace fractal::cuda {
 constexpr int kMergeWidth = 16, kMergeRows = 32;  // threads of a block: channels, partials
 constexpr int kMergeBatch = 8;                    // partials that a thread loads before it uses the first
 
+// Running statistics of the branches, updated where a branch had values; means are null without them.
+struct Running {
+  float *mean[kMaxBranches], *var[kMaxBranches];
+  const float* momenta;  // [k]; null: `momentum` is that of all
+  float momentum;
+};
+
 // Grid: (groups of channels, branch). mean and biased var [k][C], count [k].
 static __global__ void __launch_bounds__(kMergeWidth* kMergeRows)
-    merge_stats(const float* partial, const float* number, float* mean, float* var, float* count, int rows, int C) {
+    merge_stats(const float* partial, const float* number, float* mean, float* var, float* count,
+                const __grid_constant__ Running running, int rows, int C) {
   const int b = blockIdx.y, k = gridDim.y, c = blockIdx.x * kMergeWidth + threadIdx.x;
   Moments moments;
   if (c < C)
@@ -36,9 +44,17 @@ static __global__ void __launch_bounds__(kMergeWidth* kMergeRows)
     memory[row * kMergeWidth + threadIdx.x] = moments;
   }
   if (row != 0 || c >= C) return;
-  mean[int64_t(b) * C + c] = moments.origin + moments.mean;
-  var[int64_t(b) * C + c] = moments.m2 / fmaxf(moments.number, 1.f);
+  const float center = moments.origin + moments.mean, biased = moments.m2 / fmaxf(moments.number, 1.f);
+  mean[int64_t(b) * C + c] = center;
+  var[int64_t(b) * C + c] = biased;
   if (c == 0) count[b] = moments.number;
+  float* const running_mean = running.mean[b];
+  if (running_mean == nullptr || moments.number == 0.f) return;
+  float* const running_var = running.var[b];
+  const float keep = running.momenta ? running.momenta[b] : running.momentum;
+  const float unbiased = biased * (moments.number / fmaxf(moments.number - 1.f, 1.f));
+  running_mean[c] = (1.f - keep) * running_mean[c] + keep * center;
+  running_var[c] = (1.f - keep) * running_var[c] + keep * unbiased;
 }
 
 // Grid: (groups of channels, 2k). Sums of dz and of dz*xhat, [k][C] each.

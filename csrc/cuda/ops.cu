@@ -133,7 +133,8 @@ struct Call {
 
 namespace launchers {  // the kernels have these names too
 
-void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, bool channels_last) {
+void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optional<Tensor> mask, Tensors running,
+                   double momentum, std::optional<Tensor> momenta, bool channels_last) {
   const int64_t k = ys.size();
   STD_TORCH_CHECK(k >= 1, "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   Call call(Kernel::kStats, ys[0], geometry_of(ys[0], false), k, ys, mask, 0, channels_last);
@@ -141,9 +142,18 @@ void channel_stats(Tensor mean, Tensor var, Tensor count, Tensors ys, std::optio
   const int rows = call.plan.blocks_x, C = call.a.C;
   const Tensor partial = new_empty(mean, {rows, k, 3, C}), number = new_empty(mean, {rows, k});
   call.a.partial = mutable_floats(partial), call.a.number = mutable_floats(number);
+  STD_TORCH_CHECK(running.empty() || running.size() == static_cast<size_t>(2 * k), "fractal_kernels cuda: expected ",
+                  2 * k, " running statistics, got ", running.size());
+  Running updated{};
+  updated.momentum = static_cast<float>(momentum);
+  if (momenta.has_value()) updated.momenta = call.floats(*momenta, k);
+  for (size_t i = 0; i < running.size(); ++i) {
+    call.floats(running[i], C);
+    (i < size_t(k) ? updated.mean[i] : updated.var[i - k]) = mutable_floats(running[i]);
+  }
   call.start();
   call.merge("merge_stats", merge_stats, k, sizeof(Moments), call.a.partial, call.a.number, mutable_floats(mean),
-             mutable_floats(var), mutable_floats(count), rows, C);
+             mutable_floats(var), mutable_floats(count), updated, rows, C);
 }
 
 void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors means, Tensors vars, Tensors weights,

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, sync
 from ..library import Flags, accumulate_dtype
+from ..reference import update_running
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
 
@@ -40,36 +41,28 @@ class _PlainJoin(torch.autograd.Function):
 
 
 class _NormJoin(torch.autograd.Function):
-    """The join of normalised branches. ``params`` is inputs, then weights, biases, means, vars (each k, or none).
+    """The join of normalised branches. ``params`` is inputs, then weights and biases (each k, or none), then the
+    batch's statistics (mean, var, count), or with fixed ones means and vars (each k).
 
-    Saves the inputs and their statistics; normalised and activated values are recomputed. With ``batch_stats`` the
-    statistics are computed here and returned beside the output, for the running ones.
+    Saves these; normalised and activated values are recomputed.
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # *args: as above
+    def forward(*args: Any) -> Tensor:  # *args: as above
         ctx, k, affine, batch_stats, eps, flags, backend, group, mask, *params = args
         ys, weights, biases = params[:k], params[k : k + affine], params[k + affine : k + 2 * affine]
         if batch_stats:
-            per_sample = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
-            mean, var, count = _OPS.channel_stats(ys, None if per_sample else mask, backend)
-            if group:
-                mean, var, count = _OPS.sync_stats(mean, var, count, group)
-            means, vars = list(mean.unbind()), list(var.unbind())
-            ctx.save_for_backward(mask, *ys, *weights, *biases, mean, var, count)
-            ctx.mark_non_differentiable(mean, var, count)
+            means, vars = list(params[-3].unbind()), list(params[-2].unbind())
         else:
-            mean = var = count = None
-            means, vars = params[k + 2 * affine : -k], params[-k:]
-            ctx.save_for_backward(mask, *ys, *weights, *biases, *means, *vars)
+            means, vars = params[-2 * k : -k], params[-k:]
+        ctx.save_for_backward(mask, *params)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
-        out = _OPS.join_forward(ys, mask, means, vars, weights, biases, eps, flags, backend)
-        return out, mean, var, count
+        return _OPS.join_forward(ys, mask, means, vars, weights, biases, eps, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, affine = ctx.k, ctx.affine
         mask, *saved = ctx.saved_tensors
         ys, weights, biases = saved[:k], saved[k : k + affine], saved[k + affine : k + 2 * affine]
@@ -94,7 +87,7 @@ class _NormJoin(torch.autograd.Function):
         dys: list[Tensor | None] = [None] * k
         if any(needs[:k]):
             dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
-        rest = (None,) * (0 if ctx.batch_stats else 2 * k)
+        rest = (None,) * (3 if ctx.batch_stats else 2 * k)
         return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
 
@@ -161,29 +154,40 @@ def normalised_join(
     if affine:
         params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w for w in weights]
         params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b for b in biases]
+    running = [t for t in (*running_means, *running_vars) if t is not None]
     if not batch_stats:
-        params += [t for t in (*running_means, *running_vars) if t is not None]
+        params += running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]
+    if batch_stats:
+        params += _statistics(ys, mask, flags, backend, synchronised, running if training else [], momentum)
     options = (k, affine, batch_stats, eps, flags, backend, synchronised)
-    out, mean, var, count = _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-untyped-call]
-    if training and running_means[0] is not None:
-        with torch.no_grad():
-            keep: float | Sequence[Tensor]
-            of_all = mask is None or (mask.dim() == 2 and not flags & Flags.STATS_LIVE)
-            if of_all and per_channel > 1 and not synchronised:
-                unbiased = var * (per_channel / (per_channel - 1))
-                keep = momentum.expand(k).unbind() if isinstance(momentum, Tensor) else float(momentum)
-            else:  # a branch without values keeps its running statistics
-                unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
-                keep = ((count > 0).to(count.dtype) * momentum).unbind()
-            olds = [t for t in (*running_means, *running_vars) if t is not None]
-            news = [t.to(o.dtype) for t, o in zip((*mean.unbind(), *unbiased.unbind()), olds, strict=True)]
-            if isinstance(keep, float):  # on a GPU one launch for all of them
-                torch._foreach_lerp_(olds, news, keep)
-            else:
-                factors = [w.to(o.dtype) for w, o in zip((*keep, *keep), olds, strict=True)]
-                torch._foreach_lerp_(olds, news, factors)
-    return out  # type: ignore[no-any-return]
+    return _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@torch.no_grad()
+def _statistics(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    flags: int,
+    backend: str,
+    group: str,
+    running: list[Tensor],
+    momentum: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values of every branch, in the batch or in those of all ranks; the running
+    statistics move, of branches that had values."""
+    momenta = None
+    if isinstance(momentum, Tensor):
+        momenta = momentum.to(accumulate_dtype(ys[0].dtype)).expand(len(ys)).contiguous()
+        momentum = 0.0
+    of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
+    mask = None if of_all else mask
+    if not group:
+        return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
+    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
+    if running:
+        update_running(running, mean, var, count, momentum if momenta is None else momenta)
+    return mean, var, count
 
 
 def bn_relu_join(

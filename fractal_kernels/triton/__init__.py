@@ -139,7 +139,17 @@ def _norm(ys: List, means: List, vars: List, weights: List, biases: List) -> tup
     return tuple(tuple(t or ys) for t in (means, vars, weights, biases))
 
 
-def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tensor | None, channels_last: bool) -> None:
+def channel_stats(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    ys: List,
+    mask: Tensor | None,
+    running: List,
+    momentum: float,
+    momenta: Tensor | None,
+    channels_last: bool,
+) -> None:
     call = _Call("channel_stats", ys[0], len(ys), mask, 0, channels_last)
     k, device, channels = len(ys), ys[0].device, call.channels
     programs, blocks = call.grid(device)
@@ -154,8 +164,10 @@ def channel_stats(mean: Tensor, var: Tensor, count: Tensor, ys: List, mask: Tens
         )  # fmt: skip
         tile = config.merge(channels)
         kernels.merge_stats[(k, _ceil(channels, tile.channels))](
-            mean, var, count, partial, numbers, programs, channels, K=k, BG=tile.sites, BC=tile.channels
-        )
+            mean, var, count, partial, numbers, tuple(running) or (mean,), momentum,
+            mean if momenta is None else momenta, programs, channels, K=k, UPDATE=bool(running),
+            HAS_M=momenta is not None, BG=tile.sites, BC=tile.channels,
+        )  # fmt: skip
 
 
 def join_forward(

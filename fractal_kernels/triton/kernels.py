@@ -201,9 +201,11 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
 
 
 @triton.jit(do_not_specialize=("programs",))
-def merge_stats(mean, var, counts, partial, numbers, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
+def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta, programs, C, K: tl.constexpr,
+                UPDATE: tl.constexpr, HAS_M: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Chan's merge of the partials: each row of the tile takes every BG-th in the order of the programs, then the rows
-    are merged. Grid: (branch, channel blocks)."""
+    are merged; and the running statistics of a branch that had values, K means and K variances. Grid: (branch, channel
+    blocks)."""
     b = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     base = tl.load(partial + 3 * b * C + c, c < C, other=0.0)
@@ -225,10 +227,21 @@ def merge_stats(mean, var, counts, partial, numbers, programs, C, K: tl.constexp
         m2_rows += tl.where(n > 0, m2, 0.0) + delta * delta * (number * ratio)
         number += n
     n_all, mean_all, m2_all = merged(number, mean_rows, m2_rows)
-    tl.store(mean + b * C + c, base + mean_all, c < C)
-    tl.store(var + b * C + c, m2_all / tl.maximum(n_all, 1.0), c < C)
+    mean_all += base
+    biased = m2_all / tl.maximum(n_all, 1.0)
+    tl.store(mean + b * C + c, mean_all, c < C)
+    tl.store(var + b * C + c, biased, c < C)
     if tl.program_id(1) == 0:
         tl.store(counts + b + tl.zeros([1, 1], tl.int32), n_all)
+    if UPDATE:
+        keep = tl.load(momenta + b) if HAS_M else momentum
+        unbiased = biased * (n_all / tl.maximum(n_all - 1.0, 1.0))
+        for i in tl.static_range(K):
+            if b == i:
+                ok = (n_all > 0) & (c < C)
+                old_mean, old_var = tl.load(running[i] + c, ok, other=0.0), tl.load(running[K + i] + c, ok, other=0.0)
+                tl.store(running[i] + c, (1 - keep) * old_mean + keep * mean_all, ok)
+                tl.store(running[K + i] + c, (1 - keep) * old_var + keep * unbiased, ok)
 
 
 @triton.jit(do_not_specialize=("programs",))

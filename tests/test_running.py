@@ -1,0 +1,122 @@
+"""Running statistics, which the launch that ends the batch's statistics moves too: no operation of PyTorch does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS
+from conftest import INTERPRETED
+from torch.profiler import ProfilerActivity, profile
+
+from fractal_kernels import bn_relu_join
+
+GPU = True
+K, C = 3, 5
+MASKS = {
+    "none": None,
+    "batch": torch.tensor([True, False, True]),
+    "sample": torch.tensor([[True, True, False, True], [False] * 4, [False, True, False, False]]),
+}
+# Of PyTorch's, what makes tensors or looks at them another way.
+VIEWS = {"empty", "new_empty", "empty_like", "empty_strided", "unbind", "select", "permute", "as_strided", "detach",
+         "view", "reshape", "result_type", "to", "resolve_conj", "contiguous"}  # fmt: skip
+
+
+def inputs(layout: str = "channels_last", pixels: int = 6) -> list[torch.Tensor]:
+    return [LAYOUTS[layout](torch.randn(4, C, pixels, 7) * (i + 1) + i).requires_grad_() for i in range(K)]
+
+
+def expected(y: torch.Tensor, live: torch.Tensor, old: torch.Tensor, momentum: float) -> torch.Tensor:
+    """[2, C]: mean and unbiased variance, moved by the live samples, in float64."""
+    if not live.any():
+        return old.double()
+    values = y.detach().double()[live].movedim(1, 0).flatten(1)
+    return old.double() * (1 - momentum) + momentum * torch.stack([values.mean(1), values.var(1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, "one", "each"], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_running_statistics(mask, momentum, dtype, backend):
+    """Of every branch that has a live sample, by a number or by tensors on the device, in their own dtype."""
+    given = None if MASKS[mask] is None else MASKS[mask].to(torch.empty(0).device)
+    live = torch.ones(K, 4, dtype=torch.bool) if given is None else given.reshape(K, -1).expand(K, 4)
+    numbers = {"one": [0.25] * K, "each": [0.5, 0.25, 1.0]}.get(momentum, [momentum] * K)
+    tensor = {"one": torch.tensor(0.25, dtype=torch.float64), "each": torch.tensor(numbers)}.get(momentum)
+    for layout in ("channels_last", "contiguous"):
+        ys = inputs(layout)
+        old = torch.rand(K, 2, C).add_(0.5).to(dtype)
+        means, vars = ([t.clone() for t in old[:, i]] for i in (0, 1))
+        given_momentum = momentum if tensor is None else tensor
+        bn_relu_join(ys, None, None, means, vars, given, True, given_momentum, stats="live", backend=backend)
+        for i, y in enumerate(ys):
+            moved = torch.stack([means[i], vars[i]])
+            assert moved.dtype == dtype
+            want = expected(y, live[i], old[i], numbers[i])
+            exact = not live[i].any()
+            torch.testing.assert_close(
+                moved.double(), want, rtol=0 if exact else torch.finfo(dtype).eps * 4, atol=0 if exact else 2e-6
+            )
+
+
+def test_strided_running_statistics(backend):
+    """As a view into a larger buffer may be: the rest of it stays."""
+    buffer = torch.full((2, C, 4), 7.0)
+    mean, var = buffer[0, :, 1], buffer[1, :, 2]
+    (y,) = inputs()[:1]
+    bn_relu_join([y], None, None, [mean], [var], None, True, 1.0, backend=backend)
+    want = expected(y, torch.ones(4, dtype=torch.bool), torch.zeros(2, C), 1.0)
+    torch.testing.assert_close(torch.stack([mean, var]).double(), want, rtol=1e-5, atol=1e-5)
+    assert (buffer == 7).sum() == buffer.numel() - 2 * C
+
+
+def test_a_step_between_evaluation_and_its_backward_is_an_error(backend):
+    """Its gradient needs the statistics that it used, as with PyTorch's batch norm."""
+    (y,) = inputs()[:1]
+    mean, var = torch.zeros(C), torch.ones(C)
+    out = bn_relu_join([y], None, None, [mean], [var], backend=backend)
+    bn_relu_join([y], None, None, [mean], [var], training=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_inference_tensors(backend):
+    with torch.inference_mode():
+        mean, var = torch.zeros(C), torch.ones(C)
+        bn_relu_join([inputs()[0]], None, None, [mean], [var], training=True, backend=backend)
+        assert (mean != 0).all()
+
+
+def test_a_step_is_our_operators_alone(backend, monkeypatch):
+    """Forward: statistics and join. Backward: reduction and gradients. On a GPU a merge after each reduction: three
+    launches and three."""
+    if backend == "reference":
+        pytest.skip("the reference is PyTorch's operations")
+    if INTERPRETED:
+        pytest.skip("the interpreter moves tensors by PyTorch's operations")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    ys = inputs()
+    params = [torch.ones(C, requires_grad=True) for _ in range(2 * K)]
+    means, vars = [torch.zeros(C) for _ in range(K)], [torch.ones(C) for _ in range(K)]
+    grad = torch.ones(4, C, 6, 7).to(memory_format=torch.channels_last)
+
+    def step() -> None:
+        out = bn_relu_join(ys, params[:K], params[K:], means, vars, training=True, backend=backend)
+        torch.autograd.grad(out, [*ys, *params], grad)
+
+    step()  # a first call compiles
+    on_gpu = ys[0].is_cuda
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    names = [e.name for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    ours = [n.removeprefix("fractal_kernels::") for n in names if n.startswith("fractal_kernels::")]
+    assert ours == ["channel_stats", "join_forward", "join_backward_reduce", "join_backward_apply"]
+    computes = {n.removeprefix("aten::") for n in names if n.startswith("aten::")} - VIEWS
+    assert not computes
+    if on_gpu:
+        launched = [e.name for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        if not launched:
+            pytest.skip("the profiler sees no kernel here: CUPTI is not permitted")
+        assert len(launched) == 6, launched
