@@ -33,6 +33,7 @@ LONG = (
     "test_gpu.py",
     "test_triton.py",
     "test_cuda.py",
+    "test_unread.py",
     "test_tiles.py",
     "test_study.py",
     "test_train.py",

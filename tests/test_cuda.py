@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import Case, all_flags, check, draw, plain_flags
 from conftest import SIMULATED
+from unread import read_nothing
 
 from fractal_kernels import BackendUnavailable, available_backends, backends, masked_mean_join
 
@@ -110,6 +111,12 @@ def test_every_kernel_executed(library, tmp_path):
     seen, there = set(ran.read_text().split()), cuda_code.kernels_of(library)
     assert len(there) > 100
     assert not there - seen, cuda_code.demangled(there - seen)
+
+
+@needs_compiler
+@outside
+def test_what_is_dropped_is_not_loaded(library):
+    read_nothing("cuda", FRACTAL_SIMT=str(library))
 
 
 PRINT_RESULTS = """

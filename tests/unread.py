@@ -1,0 +1,116 @@
+"""Runs joins whose dropped branches and samples lie in memory that may not be read: who loads them, dies.
+
+    python unread.py BACKEND
+
+A program of its own, which a segmentation fault ends. FRACTAL_SIMT names a library that executes the CUDA kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fractal_kernels import backends, bn_relu_join, masked_mean_join
+
+K, N, C, H, W = 3, 4, 16, 8, mmap.PAGESIZE // 512
+BYTES = C * H * W * 4  # of a sample in float32: a page
+NOTHING = 0  # PROT_NONE
+_protect = ctypes.CDLL(None, use_errno=True).mprotect
+_protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def branch(channels_last: bool) -> Tensor:
+    """[N, C, H, W], each sample on pages of its own."""
+    flat = torch.frombuffer(mmap.mmap(-1, N * BYTES), dtype=torch.float32)
+    flat.copy_(torch.randn(flat.numel()))
+    return flat.view(N, H, W, C).permute(0, 3, 1, 2) if channels_last else flat.view(N, C, H, W)
+
+
+@contextmanager
+def unreadable(branches: list[Tensor], mask: Tensor) -> Iterator[None]:
+    """What the mask drops, while this lasts."""
+    lost = ~mask.view(K, -1).expand(K, N)
+    dropped = [branches[b].data_ptr() + n * BYTES for b, n in lost.nonzero().tolist()]
+
+    def protect(mode: int) -> None:
+        for address in dropped:
+            if _protect(address, BYTES, mode):
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    protect(NOTHING)
+    try:
+        yield
+    finally:
+        protect(mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def steps(ys: list[Tensor], mask: Tensor, backend: str) -> Iterator[str]:
+    """Forward and backward of every join that has to leave out what is dropped."""
+
+    def step(out: Tensor, wanted: list[Tensor]) -> None:
+        grads = torch.autograd.grad(out.sum(), wanted)
+        assert all(t.isfinite().all() for t in (out, *grads))
+
+    norms = [[torch.rand(C).add_(0.5).requires_grad_() for _ in range(K)] for _ in range(2)]
+    running = [[torch.rand(C).add_(0.5) for _ in range(K)] for _ in range(2)]
+    wanted = [*ys, *norms[0], *norms[1]]
+    step(masked_mean_join(ys, mask, backend=backend), ys)
+    yield "mean"
+    for pool in (None, "before", "after"):
+        for activation in ("branch", "output"):
+            for training in (False, True):
+                options = dict(pool=pool, activation=activation, stats="live", backend=backend)
+                step(bn_relu_join(ys, *norms, *running, mask, training, **options), wanted)
+                yield f"{pool}, {activation}, {'training' if training else 'evaluation'}"
+
+
+def main(backend: str) -> None:
+    if simulated := os.environ.get("FRACTAL_SIMT"):
+        torch.ops.load_library(simulated)
+        backends._simulated = True
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.quicken(sanitize=False)
+    torch.manual_seed(0)
+    count = 0
+    sample = torch.tensor([[True, False, True, False], [False, False, True, True], [True, False, False, True]])
+    for mask in (torch.tensor([True, False, True]), sample):
+        for channels_last in (True, False):
+            ys = [branch(channels_last).requires_grad_() for _ in range(K)]
+            with unreadable(ys, mask):
+                for what in steps(ys, mask, backend):
+                    count += 1
+                    layout = "channels_last" if channels_last else "contiguous"
+                    print(f"{layout}, mask {list(mask.shape)}: {what}", flush=True)
+    print(f"{count} steps read nothing that is dropped", flush=True)
+
+
+def read_nothing(backend: str, **environment: str) -> None:
+    """Fails with what the program said last."""
+    here = Path(__file__).resolve()
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **environment,
+        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    command = [sys.executable, str(here), backend]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    if run.returncode == -signal.SIGSEGV:
+        raise MemoryError(f"{backend} read what is dropped, after: {run.stdout[-200:]}")
+    assert run.returncode == 0 and "52 steps read nothing" in run.stdout, (run.returncode, run.stdout, run.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
