@@ -1,5 +1,7 @@
 """FractalNet: the network, its drop-path and its training, on ``fractal_kernels``."""
 
+from fractal_kernels import __version__ as __version__
+
 from .drop_path import Path, tied_loss
 from .graphed import GraphedStep
 from .model import FractalNet

@@ -31,6 +31,16 @@ class Path:
         column: the column that runs alone (global drop-path), or None.
         alone: ``column is not None`` as a 0-dim integer tensor: it selects the set of running statistics as data, so
             that a compiled step is one graph.
+    Raises:
+        ValueError: keep of another shape or dtype.
+    Source:
+        Larsson et al. 2016 (arXiv:1605.07648), section 3. B blocks, R = 2**(C-1) rows, C columns.
+    Example:
+        >>> from fractalnet import FractalNet
+        >>> net = FractalNet(10, 2, (8,), image_size=8)
+        >>> path = Path(torch.tensor([[[False, True], [False, True]]]), column=1)  # the deeper one, two convolutions
+        >>> torch.equal(net(torch.ones(2, 3, 8, 8), path=path), net(torch.ones(2, 3, 8, 8), column=1))
+        True
     """
 
     def __init__(self, keep: Tensor, column: int | None = None) -> None:

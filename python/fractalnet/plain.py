@@ -43,6 +43,7 @@ class PlainNet(nn.Module):
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), section 4.
     Example:
+        >>> import torch
         >>> net = PlainNet(10, 4, (16, 32), image_size=8)
         >>> net(torch.randn(4, 3, 8, 8)).shape, net.depth()
         (torch.Size([4, 10]), 8)
