@@ -1,4 +1,4 @@
-"""What the documentation shows runs: every docstring's example, every Python block, every link."""
+"""What the documentation shows runs: every docstring's example, Python block, example program and link."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import fractalnet
@@ -59,6 +61,15 @@ def test_blocks_run(block, monkeypatch, tmp_path):
         net = fractalnet.create("fractalnet20", pool_order="after_join")
         torch.save(fractalnet.interchange.save(net, "pt.fractalnet"), "theirs.pt")
     exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(example, tmp_path):
+    """As programs; whatever they train has learned something."""
+    run = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    learned = [float(percent) for percent in re.findall(r"([\d.]+)%", run.stdout)]
+    assert len(learned) >= 2 and min(learned) > 80, run.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
