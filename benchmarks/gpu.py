@@ -45,7 +45,7 @@ MINUTES = 8.4  # of the whole round, but for the imports before and the plots af
 LIMITS = {"build": 150, "test": 180, "sanitize": 400, "tune": 300, "kernels": 100, "steps": 120}  # seconds
 ALWAYS = ("build", "test", "kernels", "steps")
 GRACE = 20  # seconds between the last test's end and a stage's limit
-TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda")]
+TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda", "running")]
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [

@@ -127,9 +127,16 @@ def test_second_device(gpu_backend):
     torch.testing.assert_close(masked_mean_join(ys, backend=gpu_backend), expected)
 
 
+@pytest.fixture
+def gives_memory_back():
+    """Other processes of the suite share the GPU."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @needs_gpu
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_more_than_2_31_elements(layout, gpu_backend):
+def test_more_than_2_31_elements(layout, gpu_backend, gives_memory_back):
     """Samples at both ends of the tensors, against the same samples alone."""
     shape = (36, 64, 1024, 1024)
     ys = [torch.empty(shape, dtype=HALF, device="cuda", memory_format=layout).normal_() for _ in range(2)]
