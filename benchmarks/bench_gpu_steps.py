@@ -2,16 +2,18 @@
 
 Run with ``pytest benchmarks/bench_gpu_steps.py -m gpu``. The rows that matter most come first, and of each kind those
 that compile for minutes after the others: a round has a limit. "ours", graphed steps on the CUDA kernels, is in every
-row. Against eager: "triton", the same on Triton's kernels; "ungraphed" steps; "eager", the network as public code has
-it, in channels_last with masks drawn on the device. Against compiled code: "compiled", torch.compile of a clean dense
+row. Against eager: "ungraphed" steps; "eager", the network as public code has it, in channels_last with masks drawn on
+the device. The others have a row each, since they compile for a minute: "compiled", torch.compile of a clean dense
 network that takes the masks; "compiled_graphs", with torch.compile's own CUDA graphs; "ours_compiled", our network with
-those instead of ours. Autotuned: "compiled_max", the dense network again, the headline's networks alone. The report
-puts the rows of a step together.
+those instead of ours; "triton", ours on Triton's kernels; "compiled_max", the dense network autotuned, the headline's
+networks alone. The report puts the rows of a step together. A contender that does not run is left out of its row, which
+says why.
 """
 
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,8 +39,11 @@ OURS = {"ours": "cuda", "triton": "triton"}  # contenders, and their backends
 MODES = {"compiled": "default", "compiled_graphs": "reduce-overhead", "compiled_max": "max-autotune"}
 OWN_MODE = "reduce-overhead"
 AGAINST = {
-    "eager": ("triton", "ungraphed", "eager"),
-    "compiled": ("ours_compiled", "compiled", "compiled_graphs"),
+    "eager": ("ungraphed", "eager"),
+    "compiled": ("compiled",),
+    "graphs": ("compiled_graphs",),
+    "own": ("ours_compiled",),
+    "triton": ("triton",),
     "autotuned": ("compiled_max",),
 }
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of a loss, after layers of that precision
@@ -83,40 +88,44 @@ class Nets:
         self.masks = [path.keep.to(DEVICE) for path in self.paths]
         self.full = self.dense.full_masks().to(DEVICE)
         self.steps: dict[str, GraphedStep] = {}  # captured once for both kinds of drop-path
+        self.gated: set[str] = set()  # of OURS
+        self.left_out: dict[str, str] = {}  # of the last row, and why
         self.compiled = {name: torch.compile(self.dense, fullgraph=True, mode=mode) for name, mode in MODES.items()}
         self.own = torch.compile(self.ours, mode=OWN_MODE)
 
-    def gate(self) -> None:
+    def gate(self, contender: str) -> None:
         """The forms agree in float32, with everything kept and on drawn paths, before anything is timed.
 
         As far as the network lets them: at 160 layers, batch norm makes 1e-3 and more of a rounding of the images. What
         the dense network makes of it is the measure.
         """
+        if contender in self.gated:
+            return
         x, everything = self.x, steps.full_path(self.net)
+        self.restore()
         for model in (self.ours, self.public, self.dense):
             model.train()
-        with torch.no_grad():
+        with torch.no_grad(), use_backend(OURS[contender]):
             expected = self.dense(x, self.full)
             self.tolerance = max(steps.TOLERANCE, NOISE * relative_error(self.dense(nudged(x), self.full), expected))
-            hold_together("eager", [self.public(x, self.full)], [expected], self.tolerance)
-            for contender, backend in OURS.items():
-                with use_backend(backend):
-                    hold_together(f"{contender}, full", [self.ours(x, path=everything)], [expected], self.tolerance)
-                    for i, path in enumerate(self.paths[:4]):
-                        wanted = self.dense(x, self.masks[i])
-                        for dense in (False, True):
-                            got = self.ours(x, path=path, dense=dense)
-                            hold_together(f"{contender}, path {i}", [got], [wanted], self.tolerance)
+            if not self.gated:  # later its weights are others: it has been trained
+                hold_together("eager", [self.public(x, self.full)], [expected], self.tolerance)
+            hold_together(f"{contender}, full", [self.ours(x, path=everything)], [expected], self.tolerance)
+            for i, path in enumerate(self.paths[:4]):
+                wanted = self.dense(x, self.masks[i])
+                for dense in (False, True):
+                    got = self.ours(x, path=path, dense=dense)
+                    hold_together(f"{contender}, path {i}", [got], [wanted], self.tolerance)
+        self.gated.add(contender)
         x = x[:64]  # the dense network's activations in float32 are tens of GB for 1024 images
         expected = self.gradients(self.dense, lambda: self.dense(x, self.full))
         noise = NOISE * relative_error(self.gradients(self.dense, lambda: self.dense(nudged(x), self.full)), expected)
         if noise > 1:
             print(f"gradients are not held together: {noise / NOISE:.2g} of them is a rounding of the images")
             return
-        for contender, backend in OURS.items():
-            with use_backend(backend):
-                got = self.gradients(self.ours, lambda: self.ours(x, path=everything))
-            hold_together(f"{contender}, gradients", [got], [expected], max(GRADIENTS, noise))
+        with use_backend(OURS[contender]):
+            got = self.gradients(self.ours, lambda: self.ours(x, path=everything))
+        hold_together(f"{contender}, gradients", [got], [expected], max(GRADIENTS, noise))
 
     def gradients(self, model: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
         """Of all weights in the dense network's order, as one vector; nothing else is changed."""
@@ -195,10 +204,11 @@ class Nets:
 
             return call
 
-        def graphed(backend: str) -> Contender:
-            if backend not in self.steps:
-                self.steps[backend] = self.graphed(backend)
-            return lambda i: self.steps[backend](x, y, path(i))
+        def graphed(contender: str) -> Contender:
+            self.gate(contender)
+            if contender not in self.steps:
+                self.steps[contender] = self.graphed(OURS[contender])
+            return lambda i: self.steps[contender](x, y, path(i))
 
         def own(i: int) -> Tensor:  # as in graphs of ours: a column by itself, everything with the masks on the device
             torch.compiler.cudagraph_mark_step_begin()
@@ -206,7 +216,7 @@ class Nets:
             return self.own(x, path=one if one.column is not None else Path(mask(i)), dense=one.column is None)
 
         makers: dict[str, Callable[[], Contender]] = {
-            "triton": lambda: graphed(OURS["triton"]),
+            "triton": lambda: graphed("triton"),
             "ungraphed": lambda: step(self.ours, lambda i: self.ours(x, path=path(i)), OURS["ours"]),
             "eager": lambda: step(self.public, lambda i: self.public(x)),
             "ours_compiled": lambda: step(self.ours, own, OURS["ours"]),
@@ -215,7 +225,8 @@ class Nets:
                 for name, model in self.compiled.items()
             },
         }
-        found = {"ours": graphed(OURS["ours"])}
+        found = {"ours": graphed("ours")}
+        self.left_out.clear()
         for name in AGAINST[against]:
             try:
                 call = makers[name]()
@@ -225,11 +236,14 @@ class Nets:
                     for i in range(2):
                         self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
                 found[name] = call
-            except (torch.OutOfMemoryError, AssertionError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            except Exception as error:  # of what others compile; and memory, of what is there beside it
+                if name in ("ungraphed", "triton") and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                print(f"{name}: left out: {error}")
+                print(f"{name}: left out\n{traceback.format_exc()}", flush=True)
+                self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 torch.cuda.empty_cache()
+        if len(found) == 1:
+            raise AssertionError(f"every contender was left out: {self.left_out}")
         return {name: waited(call) for name, call in found.items()}
 
 
@@ -252,7 +266,6 @@ def nets(*cell: Any) -> Nets:
         gc.collect()
         torch.cuda.empty_cache()
         _kept[cell] = Nets(*cell)
-        _kept[cell].gate()
     return _kept[cell]
 
 
@@ -301,7 +314,8 @@ def test_training_step(
     rounds = this.net.paths if mixture else 10
 
     def extra(row: dict[str, Any]) -> dict[str, float]:
-        found = {"tflop": this.tflop, **saved(this, contenders)}
+        found: dict[str, Any] = {"tflop": this.tflop, **saved(this, contenders)}
+        found |= {f"left_out_{name}": why for name, why in this.left_out.items()}
         if DEVICE == "cuda":
             measured = [key for key in ("ungraphed", "eager", "compiled") if key in contenders]
             found |= {f"peak_mb_{key}": peak(contenders[key], rounds) for key in measured}

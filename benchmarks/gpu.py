@@ -159,8 +159,9 @@ def clocks() -> str:
 
 
 class Round:
-    def __init__(self, folder: Path, processes: int, deadline: float, select: str = "") -> None:
-        self.folder, self.processes, self.deadline, self.select = folder.resolve(), processes, deadline, select
+    def __init__(self, folder: Path, processes: int, deadline: float, select: str = "", tests: str = "") -> None:
+        self.folder, self.processes, self.deadline = folder.resolve(), processes, deadline
+        self.select, self.tests, self.limits = select, tests, dict(LIMITS)
         self.scratch = Path(tempfile.mkdtemp(prefix="fractal-gpu-"))
         self.limit = 0.0  # seconds of the stage that runs
         self.logs: list[Path] = []  # of its processes
@@ -182,7 +183,7 @@ class Round:
         """A stage and, in the results, what became of it. False: it failed."""
         begun, self.logs = time.monotonic(), []
         left = self.deadline - begun
-        self.limit = left if last else min(LIMITS[stage], left)
+        self.limit = left if last else min(self.limits[stage], left)
         try:
             if self.limit < 2 * GRACE:
                 raise Failed(f"not begun: {max(left, 0):.0f} s of the round were left")
@@ -227,7 +228,7 @@ class Round:
     def test(self) -> str:
         logs = [self.log(f"test-{i}") for i in range(self.processes)]
         of, failures, cut = self.processes, self.scratch / "failures.txt", ""
-        suite = [*PYTEST, *TESTS, "--seconds", f"{self.limit - GRACE}", "--failures", str(failures)]
+        suite = [*PYTEST, *TESTS, "--seconds", f"{self.limit - GRACE}", "--failures", str(failures), "-k", self.tests]
         try:
             shards = [start([*suite, "--shard", f"{i}/{of}"], log) for i, log in enumerate(logs)]
             finish(shards, logs, self.limit)
@@ -322,6 +323,13 @@ def dry_run(stages: Sequence[str]) -> int:
     return 0
 
 
+def limit(text: str) -> tuple[str, float]:
+    stage, _, seconds = text.partition("=")
+    if stage not in LIMITS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(LIMITS)}, = and seconds, got {text!r}")
+    return stage, float(seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
@@ -330,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--select", default="", help="of the benchmarks, as pytest's -k has it")
+    parser.add_argument("--tests", default="", help="of the tests, as pytest's -k has it")
+    parser.add_argument("--limit", action="append", default=[], type=limit, help="of a stage, such as test=60: seconds")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of the whole round")
     parser.add_argument("--dry-run", action="store_true", help="collect what would run; needs no GPU")
     options = parser.parse_args(argv)
@@ -342,9 +352,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu: PyTorch sees no CUDA device; --dry-run collects what would run", file=sys.stderr)
         return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    this = Round(options.results, options.processes, time.monotonic() + 60 * options.minutes, options.select)
+    deadline = time.monotonic() + 60 * options.minutes
+    this = Round(options.results, options.processes, deadline, options.select, options.tests)
+    this.limits |= dict(options.limit)
     this.command = shlex.join(["python", "-m", "benchmarks.gpu", "--stages", ",".join(stages)])
-    this.command += f" --select {shlex.quote(options.select)}" if options.select else ""
+    for name in ("select", "tests"):
+        if value := getattr(options, name):
+            this.command += f" --{name} {shlex.quote(value)}"
     good = True
     try:
         for stage in stages:

@@ -21,8 +21,9 @@ import torch
 
 __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 
-# In the order in which automatic tries them. Those for a GPU come last as long as no measurement on one is committed.
-NAMES = ("cpu", "reference", "triton", "cuda")
+# In the order in which automatic tries them. On an H100 the two for a GPU move about as many bytes a second in
+# channels_last, the compiled kernels more of them where pixels are contiguous, and these take the host less time.
+NAMES = ("cpu", "cuda", "triton", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 

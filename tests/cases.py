@@ -269,29 +269,61 @@ def expect(case: Case, data: Data) -> Result:
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str = "value") -> None:
-    """One rounding to a half-precision dtype, and the errors of a sum in float32 (or float64), absolute."""
+def assert_close(actual: Tensor, expected: Tensor, what: str = "value", open: Tensor | None = None) -> None:
+    """One rounding to a half-precision dtype, and the errors of a sum in float32 (or float64), absolute.
+
+    Args:
+        open: elements that may be anything.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     if not expected.numel():
         return
-    scale = max(1.0, expected.abs().max().item())
-    arithmetic = (1e-12 if actual.dtype == torch.float64 else 1e-5) * scale
-    bound = arithmetic + ROUNDING[actual.dtype] * (expected.abs() + arithmetic)
-    error = (actual.to(torch.float64) - expected).abs()
-    worst = (error - bound).flatten().argmax()
-    assert bool((error <= bound).all()), (
+    error, bound = (actual.to(torch.float64) - expected).abs(), bounds(actual.dtype, expected)
+    bad = ~(error <= bound)
+    if open is not None:
+        bad &= ~open
+    worst = (error - bound).nan_to_num(torch.inf).where(bad, -torch.inf).flatten().argmax()
+    assert not bool(bad.any()), (
         f"{what}: error {error.flatten()[worst].item():.3g} where {bound.flatten()[worst].item():.3g} is allowed, got "
         f"{actual.flatten()[worst].item():.6g}, expected {expected.flatten()[worst].item():.6g}; NaN: "
         f"{int(actual.isnan().sum())}"
     )
 
 
-def assert_results(case: Case, actual: Result, expected: Result) -> None:
+def bounds(dtype: torch.dtype, expected: Tensor) -> Tensor:
+    arithmetic = (1e-12 if dtype == torch.float64 else 1e-5) * max(1.0, expected.abs().max().item())
+    return arithmetic + ROUNDING[dtype] * (expected.abs() + arithmetic)
+
+
+def undecided(case: Case, data: Data, actual: Result, expected: Result) -> list[Tensor]:
+    """Of each gradient, what a rounding of the inputs to float32 changes: a value beside a ReLU's zero, two that are
+    the largest of a window by turns. A few in a million are."""
+    found = [torch.zeros_like(e, dtype=torch.bool) for e in expected.grads]
+    for seed in range(8):
+        nudged = data.copy(torch.float64)
+        generator = torch.Generator(device()).manual_seed(seed)
+        for y in nudged.ys:
+            y.data += 1e-6 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        for flags, a, e, n in zip(found, actual.grads, expected.grads, expect(case, nudged).grads, strict=True):
+            flags |= (n - e).abs() > bounds(a.dtype, e)
+    for flags in found[: case.k]:
+        assert flags.sum() <= 2 + 1e-4 * flags.numel(), "undecided: expected a few of the inputs' gradients to be"
+    return found
+
+
+def assert_results(case: Case, data: Data, actual: Result, expected: Result) -> None:
     k = case.k
     assert_close(actual.out, expected.out, "output")
     names = [f"{name}[{i}]" for name in ("grad of inputs", "grad of weights", "grad of biases") for i in range(k)]
-    for name, a, e in zip(names, actual.grads, expected.grads, strict=False):
-        assert_close(a, e, name)
+    grads = list(zip(names, actual.grads, expected.grads, strict=False))
+    try:
+        for name, a, e in grads:
+            assert_close(a, e, name)
+    except AssertionError:
+        if actual.out.dtype == torch.float64:
+            raise
+        for (name, a, e), open in zip(grads, undecided(case, data, actual, expected), strict=True):
+            assert_close(a, e, name, open)
     names = [f"running_{name}[{i}]" for name in ("means", "vars") for i in range(k)]
     for name, a, e in zip(names, actual.running, expected.running, strict=False):
         assert_close(a, e, name)
@@ -300,7 +332,7 @@ def assert_results(case: Case, actual: Result, expected: Result) -> None:
 
 def check(case: Case, data: Data, backend: str | None) -> Result:
     result = run(case, data, backend)
-    assert_results(case, result, expect(case, data))
+    assert_results(case, data, result, expect(case, data))
     return result
 
 

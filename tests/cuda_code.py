@@ -86,29 +86,34 @@ class Code:
     loads: Counter[str] | None = None
     stores: Counter[str] | None = None
     double: int = 0
-    first: int = 0  # loads of 16 bytes before the first store of as many
+    first: int = 0  # loads of inputs before the first store
 
     @property
     def blocks(self) -> int:
-        """How many of 128 threads are to fit on a multiprocessor: csrc/cuda/join.cuh and stats.cuh."""
+        """How many of 128 threads are to fit on a multiprocessor: csrc/cuda/join.cuh."""
         k, plain = self.branches, self.window == 1
-        if self.kernel == "join_forward":
-            return 2 if not plain or k > 3 else 3 if k == 3 else 4
-        if self.kernel == "join_backward_apply":
-            return 3 if plain and k <= 2 else 2
-        if self.kernel == "channel_stats":
-            return 4
         if self.kernel.startswith("merge_"):
             return 4  # one of 512 threads: there are fewer of them than multiprocessors
-        if self.axis == "channels":
-            return 2 if k > 1 else 3
-        return 2 if k > 3 else 4 if k == 1 or not plain else 3
+        if self.kernel == "channel_stats":
+            return 6
+        if self.kernel == "join_forward":
+            return (4 if plain else 3) if k > 3 else (6 if k == 3 else 7) if plain else 4
+        if k > 3:
+            return 3 if k == 4 and plain else 2
+        if self.kernel == "join_backward_reduce":
+            return 6 - k if plain else 4
+        return (5 if k == 1 else 4) if plain else 3
 
     @property
     def bytes(self) -> int:
         """Of a load of the inputs."""
         wide = 2 if self.window == 4 and self.axis == "pixels" else 1
         return self.lanes * wide * (4 if self.element == "float" else 2)
+
+    @property
+    def load(self) -> str:
+        """The instruction of one: of memory that nothing writes meanwhile."""
+        return {2: "LDG.E.U16", 4: "LDG.E", 8: "LDG.E.64", 16: "LDG.E.128"}[self.bytes] + ".CONSTANT"
 
 
 def tool(name: str) -> str | None:
@@ -133,7 +138,7 @@ def machine_code(folder: Path, capability: int) -> Iterator[Code]:
             code = codes[name]
             code.loads = Counter(re.findall(r"\bLDG\.E[.\w]*", body))
             code.stores = Counter(re.findall(r"\bSTG\.E[.\w]*", body))
-            code.first = body.split("STG.E.128")[0].count("LDG.E.128")
+            code.first = len(re.findall(rf"\b{re.escape(code.load)}\s", body.split("STG.E")[0]))
             code.double = len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", body))
         yield from codes.values()
 

@@ -41,6 +41,14 @@ def test_available_backends(cpu_backend):
     assert all(not backends.why_not(name) for name in available_backends())
 
 
+@pytest.mark.parametrize("lacking, expected", [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")])
+def test_automatic_on_a_gpu(lacking, expected, monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda name, device: "why" if name in ("cpu", *lacking) else "")
+    device = torch.device("cuda")
+    assert backends.resolve("join", None, device, torch.bfloat16) == expected
+    assert backends.resolve("join", None, device, torch.float64) == "reference"
+
+
 def test_report(cpu_backend):
     report = info.report()
     for words in (

@@ -61,6 +61,6 @@ def test_the_headline_of_the_gpu_comes_first():
     rows = bench_gpu_steps.ROWS
     first = [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]
     assert rows[:6] == [(*cell, drop_path, "eager") for cell in first for drop_path in ("mixture", "off")]
-    assert len(rows) == len(set(rows)) == 27 * 2 * 2 + 6
+    assert len(rows) == len(set(rows)) == 27 * 2 * 5 + 6
     assert rows.index((*first[0], "mixture", "compiled")) < rows.index((*first[0], "mixture", "autotuned"))
     assert all(net.paths % (2 * net.columns) == 0 for net in bench_gpu_steps.GPU_NETS.values())

@@ -42,17 +42,14 @@ def test_many_tiles(case, dtype, gpu_backend):
     """Every program of the grid walks several tiles; repeats give the same bits."""
     for layout in ("channels_last", "contiguous", "channel_slice"):
         data = draw(case, dtype, (64, 96, 56, 56), [layout])
-        result = run(case, data, gpu_backend)
-        expected = expect(case, data)
-        if dtype == SINGLE:
-            for a, e in zip(result.grads, expected.grads, strict=True):
-                # A channel's sums are of many float32 terms; what they add to an input's gradient is small.
-                terms = data.ys[0][:, 0].numel() if a.dim() == 1 else 1
-                assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item()) * terms**0.5
-            torch.testing.assert_close(result.out.double(), expected.out, rtol=1e-5, atol=1e-5)
-        else:
-            assert_results(case, result, expected)
+        result, expected = run(case, data, gpu_backend), expect(case, data)
         assert_same_bits(result, run(case, data, gpu_backend))
+        if dtype == SINGLE:  # a channel's sums are of many float32 terms; what they add to an input's is small
+            for a, e in zip(result.grads[3:], expected.grads[3:], strict=True):
+                bound = 2e-6 * max(1.0, e.abs().max().item()) * data.ys[0][:, 0].numel() ** 0.5
+                assert (a.double() - e).abs().max() <= bound
+            result.grads[3:] = expected.grads[3:]
+        assert_results(case, data, result, expected)
 
 
 @needs_gpu

@@ -155,6 +155,14 @@ def test_what_is_not_reached_is_skipped(tmp_path):
     assert gpu.counts([log]) == "4 skipped, 4 of the skipped for want of time" and not rows.exists()
 
 
+def test_limits(capsys):
+    assert gpu.limit("test=60") == ("test", 60.0)
+    for text, words in (("fly=60", "expected one of build, test"), ("test", "invalid limit value")):
+        with pytest.raises(SystemExit):
+            gpu.main(["--limit", text])
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_path):
     monkeypatch.undo()
@@ -163,9 +171,7 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600, deaf=True))
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--shard')\n")
-    if not fails:
-        monkeypatch.setattr(gpu, "PYTEST", [*gpu.PYTEST, "-k", "not wrong"])
-    this = gpu.Round(tmp_path, 1, time.monotonic() + 60)
+    this = gpu.Round(tmp_path, 1, time.monotonic() + 60, tests="" if fails else "not wrong")
     this.limit = 12
     if fails:
         with pytest.raises(gpu.Failed, match=r"failed: .*test_wrong \(call\)"):

@@ -3,7 +3,7 @@
 // Grid: x walks the units of sites with a stride, y the groups of channels; blocks of kThreads threads. Every tensor is
 // passed once: forward reads the live y and writes out, reduce reads grad and the live y, apply reads those again and
 // writes dy. A thread loads `unroll` units of all live branches before it uses the first. Its channels' parameters and
-// sums stay in registers. What a mask drops is not loaded; it counts as z = 0, which adds nothing to a join.
+// sums stay in registers. What a mask drops is not loaded.
 // Arithmetic is float32. Sums: thread, warp (shuffles), block (shared memory), one partial for each block of a column,
 // always in the same order.
 #pragma once
@@ -11,22 +11,45 @@
 
 namespace fractal::cuda {
 
-// Blocks that fit on a multiprocessor together: what bounds the registers of a thread.
-constexpr int blocks_forward(int k, int np) { return np == 4 || k > 3 ? 2 : k == 3 ? 3 : 4; }
-constexpr int blocks_apply(int k, int np) { return np == 4 || k > 2 ? 2 : 3; }
-constexpr int blocks_reduce(int k, int np, Axis axis) {
-  if (axis == Axis::kChannels) return k == 1 ? 3 : 2;
-  return k > 3 ? 2 : np == 4 ? 4 : k == 1 ? 4 : 3;
+enum class Kernel { kStats, kForward, kReduce, kApply };
+
+// How the kernels are cut. What an H100 was fastest with (k = 3, tensors of 26 to 206 MB): where threads hold the
+// parameters of few channels, many fit, and many threads hide latency better than many loads of one.
+
+// Elements of a load. 16 bytes; 8 where the parameters of so many channels would take too many registers.
+constexpr int lanes(Kernel kernel, int itemsize, int k, int np, Axis axis) {
+  int v = 16 / itemsize;
+  if (kernel == Kernel::kStats) return v;
+  if (axis == Axis::kPixels) return np == 4 ? v / 2 : v;
+  if (kernel != Kernel::kReduce || np == 4) v /= 2;
+  while (k * v > (np == 4 ? 16 : 24)) v /= 2;
+  return v;
 }
 
-constexpr int unroll(int k, int np, int v) { return np == 4 || k > 4 ? 1 : k == 1 || v == 1 ? 4 : 2; }
+// Blocks that fit on a multiprocessor together: what bounds the registers of a thread.
+constexpr int blocks(Kernel kernel, int k, int np) {
+  if (kernel == Kernel::kStats) return 6;
+  if (kernel == Kernel::kForward) return k > 3 ? (np == 4 ? 3 : 4) : np == 4 ? 4 : k == 3 ? 6 : 7;
+  if (k > 3) return k == 4 && np == 1 ? 3 : 2;
+  if (kernel == Kernel::kReduce) return np == 4 ? 4 : 6 - k;
+  return np == 4 ? 3 : k == 1 ? 5 : 4;
+}
 
-template <class T, int K, int NP, Axis A, int V>
-struct Units {  // that a thread takes at once
-  static constexpr int U = unroll(K, NP, V);
+// Units that a thread takes at once.
+constexpr int unroll(Kernel kernel, int k, int np, int v) {
+  if (kernel == Kernel::kStats) return 4;
+  if (np == 4 || k > 4) return 1;
+  if (v == 1) return 4;
+  return kernel == Kernel::kReduce ? (k == 1 ? 2 : 1) : k == 1 ? 4 : 2;
+}
+
+template <Kernel E, class T, int K, int NP, Axis A, int V>
+struct Units {
+  static constexpr int U = unroll(E, K, NP, V);
   Tile<T, NP, A, V> y[U][K];
   Walk at[U];
   unsigned live[U];
+  float weight[U];
   bool there[U];
 
   // reads_all: dropped branches too.
@@ -35,8 +58,9 @@ struct Units {  // that a thread takes at once
     for (int u = 0; u < U; ++u) {
       at[u] = walk;
       there[u] = walk.n < a.N;
-      live[u] = there[u] ? mask(a, walk.n) : 0;
-      advance(a, walk);
+      if (there[u]) mask.to(a, walk.n);
+      live[u] = mask.bits, weight[u] = mask.weight;
+      advance<NP>(a, walk);
     }
     FRACTAL_UNROLL
     for (int u = 0; u < U; ++u) FRACTAL_UNROLL
@@ -49,37 +73,38 @@ struct Units {  // that a thread takes at once
 };
 
 template <class T, int K, int NP, Axis A, int V, int P>
-__device__ __forceinline__ void normalise(Tile<T, NP, A, V> (&y)[K], int v, unsigned live, const Norm<K, P>& norm,
-                                          float (&z)[K][NP]) {
+__device__ __forceinline__ void normalise(Tile<T, NP, A, V> (&y)[K], int v, const Norm<K, P>& norm, float (&z)[K][NP]) {
   FRACTAL_UNROLL
   for (int b = 0; b < K; ++b) FRACTAL_UNROLL
   for (int e = 0; e < NP; ++e) {
     const float d = static_cast<float>(y[b].at(e, v)) - norm.mean[b][v % P];
-    z[b][e] = live >> b & 1 ? d * norm.scale[b][v % P] + norm.shift[b][v % P] : 0.f;
+    z[b][e] = d * norm.scale[b][v % P] + norm.shift[b][v % P];
   }
 }
 
 template <class T, int K, int NP, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, blocks_forward(K, NP)) join_forward(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, blocks(Kernel::kForward, K, NP))
+    join_forward(const __grid_constant__ Args a) {
   constexpr int P = A == Axis::kChannels ? V : 1;
   for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {
     const int c = channel<A, V>(group);
     if (c >= a.C) return;
     const Norm<K, P> norm(a, c);
-    Units<T, K, NP, A, V> units;
-    Live<K> mask;
+    Units<Kernel::kForward, T, K, NP, A, V> units;
+    Live<K> mask(a);
     for (Walk walk = first_unit(a); walk.n < a.N;) {
       units.load(a, walk, mask, c, false);
       FRACTAL_UNROLL
       for (int u = 0; u < units.U; ++u) {
         if (!units.there[u]) continue;
-        const Join<float> join = join_of(a, units.live[u]);
+        const Join<float> join = join_of(a, units.weight[u]);
+        const Bits live{units.live[u]};
         Pack<T, V> out;
         FRACTAL_UNROLL
         for (int v = 0; v < V; ++v) {
           float z[K][NP];
-          normalise(units.y[u], v, units.live[u], norm, z);
-          out.v[v] = T(join.forward(z, K));
+          normalise(units.y[u], v, norm, z);
+          out.v[v] = T(join.forward(z, K, live));
         }
         out.store(output_at<T, A, V>(a, units.at[u], c));
       }
@@ -104,7 +129,7 @@ __device__ __forceinline__ void block_sum(float (&values)[N]) {
 }
 
 template <class T, int K, int NP, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, blocks_reduce(K, NP, A))
+__global__ void __launch_bounds__(kThreads, blocks(Kernel::kReduce, K, NP))
     join_backward_reduce(const __grid_constant__ Args a) {
   constexpr int P = A == Axis::kChannels ? V : 1;
   for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {
@@ -112,9 +137,9 @@ __global__ void __launch_bounds__(kThreads, blocks_reduce(K, NP, A))
     float sums[2 * K * P] = {};  // of dz and of dz*(y - mean), of each branch and channel
     if (c < a.C) {
       const Norm<K, P> norm(a, c);
-      Units<T, K, NP, A, V> units;
+      Units<Kernel::kReduce, T, K, NP, A, V> units;
       Pack<T, V> grad[units.U];
-      Live<K> mask;
+      Live<K> mask(a);
       for (Walk walk = first_unit(a); walk.n < a.N;) {
         units.load(a, walk, mask, c, false);
         FRACTAL_UNROLL
@@ -123,19 +148,20 @@ __global__ void __launch_bounds__(kThreads, blocks_reduce(K, NP, A))
         FRACTAL_UNROLL
         for (int u = 0; u < units.U; ++u) {
           if (!units.there[u]) continue;
-          const Join<float> join = join_of(a, units.live[u]);
+          const Join<float> join = join_of(a, units.weight[u]);
+          const Bits live{units.live[u]};
           FRACTAL_UNROLL
           for (int v = 0; v < V; ++v) {
             float z[K][NP];
-            normalise(units.y[u], v, units.live[u], norm, z);
-            join.backward(z, K, static_cast<float>(grad[u].v[v]), a.gate_output, z);
+            normalise(units.y[u], v, norm, z);
+            join.backward(z, K, static_cast<float>(grad[u].v[v]), a.gate_output, z, live);
             FRACTAL_UNROLL
             for (int b = 0; b < K; ++b) FRACTAL_UNROLL
             for (int e = 0; e < NP; ++e) {
-              const float dz = units.live[u] >> b & 1 ? z[b][e] : 0.f;
+              if (!live(b)) continue;
               const float d = static_cast<float>(units.y[u][b].at(e, v)) - norm.mean[b][v % P];
-              sums[(2 * b) * P + v % P] += dz;
-              sums[(2 * b + 1) * P + v % P] += units.live[u] >> b & 1 ? dz * d : 0.f;
+              sums[(2 * b) * P + v % P] += z[b][e];
+              sums[(2 * b + 1) * P + v % P] += z[b][e] * d;
             }
           }
         }
@@ -155,7 +181,8 @@ __global__ void __launch_bounds__(kThreads, blocks_reduce(K, NP, A))
 }
 
 template <class T, int K, int NP, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, blocks_apply(K, NP)) join_backward_apply(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, blocks(Kernel::kApply, K, NP))
+    join_backward_apply(const __grid_constant__ Args a) {
   constexpr int P = A == Axis::kChannels ? V : 1;
   for (int group = blockIdx.y; group < a.groups; group += gridDim.y) {
     const int c = channel<A, V>(group);
@@ -173,9 +200,9 @@ __global__ void __launch_bounds__(kThreads, blocks_apply(K, NP)) join_backward_a
         slope[b][p] = has ? factor * a.sum_dzx[int64_t(b) * a.C + c + p] * Norm<K, P>::invstd(a, b, c + p) : 0.f;
       }
     }
-    Units<T, K, NP, A, V> units;
+    Units<Kernel::kApply, T, K, NP, A, V> units;
     Pack<T, V> grad[units.U];
-    Live<K> mask;
+    Live<K> mask(a);
     for (Walk walk = first_unit(a); walk.n < a.N;) {
       units.load(a, walk, mask, c, a.all_samples);
       FRACTAL_UNROLL
@@ -186,20 +213,20 @@ __global__ void __launch_bounds__(kThreads, blocks_apply(K, NP)) join_backward_a
       FRACTAL_UNROLL
       for (int u = 0; u < units.U; ++u) {
         if (!units.there[u]) continue;
-        const unsigned live = units.live[u], corrected = a.count == nullptr ? 0u : a.all_samples ? ~0u : live;
-        const Join<float> join = join_of(a, live);
+        const Join<float> join = join_of(a, units.weight[u]);
+        const Bits live{units.live[u]}, corrected{a.count == nullptr ? 0u : a.all_samples ? ~0u : units.live[u]};
         FRACTAL_UNROLL
         for (int v = 0; v < V; ++v) {
           float z[K][NP];
-          normalise(units.y[u], v, live, norm, z);
-          join.backward(z, K, static_cast<float>(grad[u].v[v]), a.gate_output, z);
+          normalise(units.y[u], v, norm, z);
+          join.backward(z, K, static_cast<float>(grad[u].v[v]), a.gate_output, z, live);
           FRACTAL_UNROLL
           for (int b = 0; b < K; ++b) FRACTAL_UNROLL
           for (int e = 0; e < NP; ++e) {
             T& y = units.y[u][b].at(e, v);
             const float d = static_cast<float>(y) - norm.mean[b][v % P];
-            float dy = live >> b & 1 ? z[b][e] * norm.scale[b][v % P] : 0.f;
-            if (corrected >> b & 1) dy += centre[b][v % P] + slope[b][v % P] * d;
+            float dy = corrected(b) ? centre[b][v % P] + slope[b][v % P] * d : 0.f;
+            if (live(b)) dy += z[b][e] * norm.scale[b][v % P];
             y = T(dy);
           }
         }

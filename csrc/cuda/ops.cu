@@ -32,6 +32,20 @@ struct Norms {
   double eps;
 };
 
+constexpr int64_t kMost = std::numeric_limits<int>::max() - (1 << 20);  // counted in 32 bits, a step past the end too
+
+// The view of a tensor [N][C] and a plane, as the kernels take it.
+Strided strided(const Tensor& t, bool pool) {
+  const View v = view_of(t, pool);
+  const auto narrow = [](int64_t size, int64_t stride) {
+    STD_TORCH_CHECK(size <= 1 || (stride >= 0 && stride <= kMost), "fractal_kernels cuda: expected strides of at most ",
+                    kMost, " elements within a sample, got ", stride);
+    return size <= 1 ? 0 : static_cast<int>(stride);
+  };
+  const int64_t pixels = pixels_of(t), columns = pool ? t.size(3) : pixels;
+  return {v.data, v.n, narrow(t.size(1), v.c), narrow(pool ? t.size(2) : 1, v.h), narrow(columns, v.w)};
+}
+
 // One call of a kernel: the device's current stream, the arguments, and the plan once make() is called.
 struct Call {
   Call(Kernel kernel, const Tensor& like, const Geometry& g, int64_t k, const Tensors& ys,
@@ -42,18 +56,17 @@ struct Call {
         channels_last(channels_last),
         pool(flags & (kPoolBefore | kPoolAfter)),
         device(like.get_device_index()) {
-    constexpr int64_t most =
-        std::numeric_limits<int>::max() - (1 << 20);  // counted in 32 bits, a step past the end too
     STD_TORCH_CHECK(k >= 1 && k <= kMaxBranches, "fractal_kernels cuda: expected 1 to 8 branches, got ", k);
-    STD_TORCH_CHECK(g.H * g.W <= most && g.C <= most, "fractal_kernels cuda: expected at most ", most,
-                    " channels and pixels in a sample, got ", g.C, " and ", g.H * g.W);
+    STD_TORCH_CHECK(g.N <= kMost && g.H * g.W <= kMost && g.C <= kMost, "fractal_kernels cuda: expected at most ",
+                    kMost, " samples, channels, and pixels in a sample, got ", g.N, ", ", g.C, " and ", g.H * g.W);
     STD_TORCH_CHECK(ys.empty() ? kernel == Kernel::kApply : static_cast<int64_t>(ys.size()) == k,
                     "fractal_kernels cuda: expected ", k, " branches, got ", ys.size());
-    a.N = g.N, a.k = k, a.C = g.C, a.H = g.H, a.W = g.W;
+    a.N = static_cast<int>(g.N), a.k = static_cast<int>(k), a.C = static_cast<int>(g.C);
+    a.H = static_cast<int>(g.H), a.W = static_cast<int>(g.W);
     for (size_t b = 0; b < ys.size(); ++b) {
       STD_TORCH_CHECK(ys[b].scalar_type() == type, "fractal_kernels cuda: branches of different dtypes");
       check_device(ys[b]);
-      a.y[b] = view_of(ys[b], pool);
+      a.y[b] = strided(ys[b], pool);
     }
     a.reads_y = !ys.empty();
     if (mask.has_value()) {
@@ -64,11 +77,12 @@ struct Call {
       a.mask = static_cast<const uint8_t*>(mask->data_ptr());
       a.mask_k = mask->stride(0), a.mask_n = mask->dim() == 2 ? mask->stride(1) : 0;
     }
-    const float none = std::numeric_limits<float>::quiet_NaN();
-    a.floor_branch = flags & kReluBranch ? 0.f : none;
-    a.floor_output = flags & kReluOutput ? 0.f : none;
+    constexpr Activation<float> relu{0.f, 0.f};
+    constexpr Activation<float> none{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
+    a.branch = flags & kReluBranch ? relu : none, a.output = flags & kReluOutput ? relu : none;
     a.gate_output = flags & kReluOutput;
-    a.sum = flags & kSum, a.pool_before = flags & kPoolBefore;
+    a.pool_before = flags & kPoolBefore;
+    for (int live = 0; live <= kMaxBranches; ++live) a.weights[live] = flags & kSum ? 1.f : 1.f / std::max(live, 1);
   }
 
   void check_device(const Tensor& t) const {
@@ -161,7 +175,7 @@ void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors me
   STD_TORCH_CHECK(!ys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kForward, out, g, ys.size(), ys, mask, flags, channels_last);
-  call.a.out = view_of(out, call.pool);
+  call.a.out = strided(out, call.pool);
   call.set_norms({means, vars, weights, biases, eps});
   call.make(false);
   call.start();
@@ -174,7 +188,7 @@ void join_backward_reduce(Tensor sum_dz, Tensor sum_dzx, Tensor grad, Tensors ys
   STD_TORCH_CHECK(!ys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(ys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kReduce, grad, g, k, ys, mask, flags, channels_last);
-  call.a.out = view_of(grad, call.pool);
+  call.a.out = strided(grad, call.pool);
   call.set_norms({means, vars, weights, biases, eps});
   call.make(false);
   const int rows = call.plan.blocks_x, C = call.a.C;
@@ -190,8 +204,8 @@ void join_backward_apply(Tensors dys, Tensor grad, Tensors ys, std::optional<Ten
   STD_TORCH_CHECK(!dys.empty(), "fractal_kernels cuda: expected 1 to 8 branches, got 0");
   const Geometry g = geometry_of(dys[0], flags & (kPoolBefore | kPoolAfter));
   Call call(Kernel::kApply, grad, g, dys.size(), ys, mask, flags, channels_last);
-  call.a.out = view_of(grad, call.pool);
-  for (size_t b = 0; b < dys.size(); ++b) call.a.dy[b] = view_of(dys[b], call.pool);
+  call.a.out = strided(grad, call.pool);
+  for (size_t b = 0; b < dys.size(); ++b) call.a.dy[b] = strided(dys[b], call.pool);
   call.set_norms({means, vars, weights, biases, eps});
   if (!sums.empty()) {
     STD_TORCH_CHECK(sums.size() == 3, "fractal_kernels cuda: expected 3 sums, got ", sums.size());

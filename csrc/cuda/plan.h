@@ -4,20 +4,9 @@
 #include <cstdint>
 #include <iterator>
 
-#include "join.cuh"
 #include "stats.cuh"
 
 namespace fractal::cuda {
-
-enum class Kernel { kStats, kForward, kReduce, kApply };
-
-// Elements of a load: 16 bytes, or less where the parameters of so many channels would not fit into registers.
-constexpr int lanes(int itemsize, int k, int np, Axis axis) {
-  int v = 16 / itemsize;
-  if (axis == Axis::kPixels) return np == 4 ? v / 2 : v;
-  while (k * v > (np == 4 ? 16 : 24)) v /= 2;
-  return v;
-}
 
 constexpr int kClasses[] = {1, 2, 3, 4, kMaxBranches};  // numbers of branches that kernels are compiled for
 
@@ -31,7 +20,7 @@ struct Plan {
 
 // Whether every load of `width` elements along the axis is aligned and inside one row of pixels or one pixel's
 // channels.
-inline bool is_aligned(const View& v, Axis axis, int64_t width, int itemsize, int64_t N, int64_t C, int64_t H,
+inline bool is_aligned(const Strided& v, Axis axis, int64_t width, int itemsize, int64_t N, int64_t C, int64_t H,
                        int64_t W) {
   const bool channels = axis == Axis::kChannels;
   if ((channels ? C : W) % width || (channels ? v.c : v.w) != 1) return false;
@@ -48,7 +37,7 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
   p.np = np;
   p.axis = channels_last ? Axis::kChannels : Axis::kPixels;
   p.k = stats ? 1 : *std::lower_bound(std::begin(kClasses), std::end(kClasses), a.k);
-  p.lanes = lanes(itemsize, p.k, np, p.axis);
+  p.lanes = lanes(kernel, itemsize, p.k, np, p.axis);
   const int width = np == 4 && p.axis == Axis::kPixels ? 2 * p.lanes : p.lanes;
   bool aligned = true;
   for (int b = 0; b < a.k; ++b) {
@@ -73,14 +62,10 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
   a.columns = std::max(pixels ? Wout / p.lanes : Wout, 1);
   if (Hout == 0 || Wout == 0) a.N = 0;
 
-  const int64_t units = a.N * a.rows * a.columns, threads_y = kThreads / p.threads_x;
-  const int resident = stats                        ? kBlocksStats
-                       : kernel == Kernel::kForward ? blocks_forward(p.k, np)
-                       : kernel == Kernel::kReduce  ? blocks_reduce(p.k, np, p.axis)
-                                                    : blocks_apply(p.k, np);
-  const bool sums = stats || kernel == Kernel::kReduce;  // a block leaves a partial: no more of them than run at once
-  const int64_t most = int64_t(processors) * resident * (sums ? 1 : 2);
-  const int64_t at_once = threads_y * (stats ? 4 : unroll(p.k, np, p.lanes));
+  const int64_t units = int64_t(a.N) * a.rows * a.columns, threads_y = kThreads / p.threads_x;
+  // No more blocks than run at once: those of a reduction leave a partial each, and others gain nothing.
+  const int64_t most = int64_t(processors) * blocks(kernel, p.k, np);
+  const int64_t at_once = threads_y * unroll(kernel, p.k, np, p.lanes);
   p.blocks_y = std::min(a.groups, 65535);
   p.blocks_z = stats ? a.k : 1;
   const int64_t columns = int64_t(p.blocks_y) * p.blocks_z;
@@ -88,7 +73,7 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
 
   const int64_t step = p.blocks_x * threads_y, sample = int64_t(a.rows) * a.columns;
   const int within = static_cast<int>(step % sample);
-  a.step = {step / sample, within / a.columns, within % a.columns};
+  a.step = {static_cast<int>(step / sample), within / a.columns, within % a.columns};
   return p;
 }
 

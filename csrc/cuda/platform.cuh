@@ -46,6 +46,16 @@ struct WordOf<16> {
 template <int Bytes>
 using Word = typename WordOf<Bytes>::Type;
 
+// Of memory that nothing writes while the kernel runs: the loads need not wait for its stores.
+template <class W>
+__device__ __forceinline__ W load_word(const W* from) {
+#if defined(FRACTAL_SIMT)
+  return *from;
+#else
+  return __ldg(from);
+#endif
+}
+
 template <class W>
 __device__ __forceinline__ void store_word(W* to, W word) {
   *to = word;

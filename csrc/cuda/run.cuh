@@ -7,67 +7,59 @@ namespace fractal::cuda {
 template <class T>
 void run(Kernel kernel, const Plan& plan, const Args& args, Stream stream);
 
-template <class T, int K, int NP, Axis A, int V>
-void start(Kernel kernel, const Plan& p, const Args& a, Stream stream) {
+template <Kernel E, class T, int K, int NP, Axis A, int V>
+void start(const Plan& p, const Args& a, Stream stream) {
   const dim3 grid(p.blocks_x, p.blocks_y, p.blocks_z), block(p.threads_x, kThreads / p.threads_x);
   constexpr int P = A == Axis::kChannels ? V : 1;
   const size_t rows = (kThreads / 32 - 1) * p.threads_x;  // what the warps after the first leave for it
-  if (kernel == Kernel::kForward)
+  if constexpr (E == Kernel::kStats)
+    launch(stream, "channel_stats", channel_stats<T, A, V>, grid, block, rows * P * sizeof(Moments), a);
+  else if constexpr (E == Kernel::kForward)
     launch(stream, "join_forward", join_forward<T, K, NP, A, V>, grid, block, 0, a);
-  else if (kernel == Kernel::kReduce)
+  else if constexpr (E == Kernel::kReduce)
     launch(stream, "join_backward_reduce", join_backward_reduce<T, K, NP, A, V>, grid, block,
            rows * 2 * K * P * sizeof(float), a);
   else
     launch(stream, "join_backward_apply", join_backward_apply<T, K, NP, A, V>, grid, block, 0, a);
 }
 
-template <class T, int K, int NP>
-void start(Kernel kernel, const Plan& p, const Args& a, Stream stream) {
+template <Kernel E, class T, int K, int NP>
+void start(const Plan& p, const Args& a, Stream stream) {
   if (p.axis == Axis::kPixels)
-    start<T, K, NP, Axis::kPixels, lanes(sizeof(T), K, NP, Axis::kPixels)>(kernel, p, a, stream);
+    start<E, T, K, NP, Axis::kPixels, lanes(E, sizeof(T), K, NP, Axis::kPixels)>(p, a, stream);
   else if (p.lanes > 1)
-    start<T, K, NP, Axis::kChannels, lanes(sizeof(T), K, NP, Axis::kChannels)>(kernel, p, a, stream);
+    start<E, T, K, NP, Axis::kChannels, lanes(E, sizeof(T), K, NP, Axis::kChannels)>(p, a, stream);
   else
-    start<T, K, NP, Axis::kChannels, 1>(kernel, p, a, stream);
+    start<E, T, K, NP, Axis::kChannels, 1>(p, a, stream);
 }
 
-template <class T, int NP>
-void start(Kernel kernel, const Plan& p, const Args& a, Stream stream) {
+template <Kernel E, class T, int NP>
+void start(const Plan& p, const Args& a, Stream stream) {
   switch (p.k) {
     case 1:
-      return start<T, 1, NP>(kernel, p, a, stream);
+      return start<E, T, 1, NP>(p, a, stream);
     case 2:
-      return start<T, 2, NP>(kernel, p, a, stream);
+      return start<E, T, 2, NP>(p, a, stream);
     case 3:
-      return start<T, 3, NP>(kernel, p, a, stream);
+      return start<E, T, 3, NP>(p, a, stream);
     case 4:
-      return start<T, 4, NP>(kernel, p, a, stream);
+      return start<E, T, 4, NP>(p, a, stream);
     default:
-      return start<T, kMaxBranches, NP>(kernel, p, a, stream);
+      return start<E, T, kMaxBranches, NP>(p, a, stream);
   }
 }
 
-template <class T, Axis A, int V>
-void start_stats(const Plan& p, const Args& a, Stream stream) {
-  const dim3 grid(p.blocks_x, p.blocks_y, p.blocks_z), block(p.threads_x, kThreads / p.threads_x);
-  constexpr int P = A == Axis::kChannels ? V : 1;
-  const size_t shared = (kThreads / 32 - 1) * p.threads_x * P * sizeof(Moments);
-  launch(stream, "channel_stats", channel_stats<T, A, V>, grid, block, shared, a);
+template <Kernel E, class T>
+void start(const Plan& p, const Args& a, Stream stream) {
+  return p.np == 4 ? start<E, T, 4>(p, a, stream) : start<E, T, 1>(p, a, stream);
 }
 
 template <class T>
 void run(Kernel kernel, const Plan& plan, const Args& args, Stream stream) {
-  constexpr int full = 16 / sizeof(T);
-  if (kernel == Kernel::kStats && plan.axis == Axis::kPixels)
-    start_stats<T, Axis::kPixels, full>(plan, args, stream);
-  else if (kernel == Kernel::kStats && plan.lanes > 1)
-    start_stats<T, Axis::kChannels, full>(plan, args, stream);
-  else if (kernel == Kernel::kStats)
-    start_stats<T, Axis::kChannels, 1>(plan, args, stream);
-  else if (plan.np == 4)
-    start<T, 4>(kernel, plan, args, stream);
-  else
-    start<T, 1>(kernel, plan, args, stream);
+  if (kernel == Kernel::kStats) return start<Kernel::kStats, T, 1, 1>(plan, args, stream);
+  if (kernel == Kernel::kForward) return start<Kernel::kForward, T>(plan, args, stream);
+  if (kernel == Kernel::kReduce) return start<Kernel::kReduce, T>(plan, args, stream);
+  return start<Kernel::kApply, T>(plan, args, stream);
 }
 
 }  // namespace fractal::cuda

@@ -15,7 +15,7 @@ struct alignas(sizeof(T) * V) Pack {  // one load or store
 
   using W = Word<sizeof(T) * V>;
   __device__ __forceinline__ void load(const T* from) {
-    const W word = *reinterpret_cast<const W*>(from);
+    const W word = load_word(reinterpret_cast<const W*>(from));
     memcpy(v, &word, sizeof(v));
   }
   __device__ __forceinline__ void store(T* to) const {
@@ -24,6 +24,8 @@ struct alignas(sizeof(T) * V) Pack {  // one load or store
     store_word(reinterpret_cast<W*>(to), word);
   }
 };
+
+__device__ __forceinline__ int64_t wide(int i) { return i; }
 
 // What a thread reads of one branch for one unit. NP: elements of a site, 1 or the 4 of a window.
 template <class T, int NP, Axis A, int V>
@@ -44,26 +46,26 @@ struct Tile {
 
   // f(pack, where it is in memory) for the packs that are inside the tensor.
   template <class F>
-  __device__ __forceinline__ void each(const Args& a, const View& view, const Walk& at, int c, const F& f) {
-    T* base = static_cast<T*>(view.data) + at.n * view.n + c * view.c;
+  __device__ __forceinline__ void each(const Args& a, const Strided& view, const Walk& at, int c, const F& f) {
+    T* base = static_cast<T*>(view.data) + wide(c) * view.c + at.n * view.n;
     if (NP == 1) {
-      f(pack[0], base + (A == Axis::kPixels ? int64_t(at.w) * V : at.w * view.w));
+      f(pack[0], base + wide(at.w) * (A == Axis::kPixels ? V : view.w));
       return;
     }
     const int h = 2 * at.h, w = 2 * at.w * (A == Axis::kPixels ? V : 1);
-    base += h * view.h + w * view.w;
+    base += wide(h) * view.h + wide(w) * view.w;
     FRACTAL_UNROLL
     for (int i = 0; i < kPacks; ++i) {
       const int row = kRows ? i : i / 2, column = kRows ? 0 : i % 2;
-      if (h + row < a.H && w + column < a.W) f(pack[i], base + row * view.h + column * view.w);
+      if (h + row < a.H && w + column < a.W) f(pack[i], base + (row * view.h + column * view.w));
     }
   }
 
-  __device__ __forceinline__ void load(const Args& a, const View& view, const Walk& at, int c) {
+  __device__ __forceinline__ void load(const Args& a, const Strided& view, const Walk& at, int c) {
     each(a, view, at, c, [](Pack<T, kWidth>& p, const T* from) { p.load(from); });
   }
 
-  __device__ __forceinline__ void store(const Args& a, const View& view, const Walk& at, int c) {
+  __device__ __forceinline__ void store(const Args& a, const Strided& view, const Walk& at, int c) {
     each(a, view, at, c, [](const Pack<T, kWidth>& p, T* to) { p.store(to); });
   }
 };
@@ -71,8 +73,8 @@ struct Tile {
 // Where the unit's vector is in the output or its gradient, which has a site for every window.
 template <class T, Axis A, int V>
 __device__ __forceinline__ T* output_at(const Args& a, const Walk& at, int c) {
-  T* base = static_cast<T*>(a.out.data) + at.n * a.out.n + c * a.out.c + at.h * a.out.h;
-  return base + (A == Axis::kPixels ? int64_t(at.w) * V : at.w * a.out.w);
+  T* base = static_cast<T*>(a.out.data) + wide(c) * a.out.c + at.n * a.out.n + wide(at.h) * a.out.h;
+  return base + wide(at.w) * (A == Axis::kPixels ? V : a.out.w);
 }
 
 // Whether the unit's windows have all four elements. An odd edge makes no output.
@@ -83,19 +85,21 @@ __device__ __forceinline__ bool whole(const Args& a, const Walk& at) {
 
 __device__ __forceinline__ Walk first_unit(const Args& a) {
   const int64_t unit = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, sample = int64_t(a.rows) * a.columns;
-  const int64_t n = unit / sample;
-  const int within = static_cast<int>(unit - n * sample);
+  const int n = static_cast<int>(unit / sample), within = static_cast<int>(unit - n * sample);
   return {n, within / a.columns, within % a.columns};
 }
 
+template <int NP>
 __device__ __forceinline__ void advance(const Args& a, Walk& at) {  // without a division
   at.w += a.step.w;
-  const int row = at.w >= a.columns;
-  at.w -= row ? a.columns : 0;
-  at.h += a.step.h + row;
-  const int sample = at.h >= a.rows;
-  at.h -= sample ? a.rows : 0;
-  at.n += a.step.n + sample;
+  int more = at.w >= a.columns;
+  at.w -= more ? a.columns : 0;
+  if (NP == 4) {  // else a sample is one row
+    at.h += a.step.h + more;
+    more = at.h >= a.rows;
+    at.h -= more ? a.rows : 0;
+  }
+  at.n += a.step.n + more;
 }
 
 // The first channel of this thread in a group of channels.
@@ -104,21 +108,35 @@ __device__ __forceinline__ int channel(int group) {
   return (group * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * (A == Axis::kChannels ? V : 1);
 }
 
-// Which branches live in a sample, a bit each; read again only where the sample changes.
+// Which branches live in a sample, a bit each, and what their sum is multiplied with; read again only where the mask is
+// another one.
 template <int K>
 struct Live {
-  int64_t sample = -1;
-  unsigned bits = 0;
+  int sample = -1;
+  unsigned bits;
+  float weight;
 
-  __device__ __forceinline__ unsigned operator()(const Args& a, int64_t n) {
-    if (n == sample) return bits;
+  __device__ __forceinline__ explicit Live(const Args& a) {
+    if (a.mask_n == 0) read(a, 0);
+  }
+
+  __device__ __forceinline__ void to(const Args& a, int n) {
+    if (a.mask_n != 0 && n != sample) read(a, n);
+  }
+
+  __device__ __forceinline__ void read(const Args& a, int n) {
     bits = (1u << a.k) - 1;
     if (a.mask != nullptr) FRACTAL_UNROLL
     for (int b = 0; b < K; ++b)
       if (b < a.k) bits ^= a.mask[b * a.mask_k + n * a.mask_n] ? 0u : 1u << b;
+    weight = a.weights[bit_count(bits)];
     sample = n;
-    return bits;
   }
+};
+
+struct Bits {
+  unsigned bits;
+  __device__ __forceinline__ bool operator()(int b) const { return bits >> b & 1; }
 };
 
 // Of K branches and the P channels of a thread: z = (y - mean)*scale + shift.
@@ -141,9 +159,8 @@ struct Norm {
   static __device__ __forceinline__ float invstd(const Args& a, int b, int c) { return rsqrtf(a.var[b][c] + a.eps); }
 };
 
-__device__ __forceinline__ Join<float> join_of(const Args& a, unsigned live) {
-  const int count = bit_count(live);
-  return {a.sum ? 1.f : 1.f / (count > 0 ? count : 1), a.floor_branch, a.floor_output, a.pool_before};
+__device__ __forceinline__ Join<float> join_of(const Args& a, float weight) {
+  return {weight, a.branch, a.output, a.pool_before};
 }
 
 }  // namespace fractal::cuda

@@ -2,11 +2,11 @@
 // the first value it saw (exact where |mean| >> std): Welford's update by single values, Chan's merge of four at a
 // time; then Chan's merge over the warp, the block and, in merge_stats, the blocks: always in the same order.
 #pragma once
-#include "site.cuh"
+#include "join.cuh"
 
 namespace fractal::cuda {
 
-constexpr int kBlocksStats = 4;
+constexpr int kUnrollStats = unroll(Kernel::kStats, 1, 1, 1);
 
 struct Moments {
   float number = 0.f, origin = 0.f, mean = 0.f, m2 = 0.f;  // mean: relative to the origin
@@ -30,8 +30,9 @@ struct Moments {
 };
 
 template <class T, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, kBlocksStats) channel_stats(const __grid_constant__ Args a) {
-  constexpr int P = A == Axis::kChannels ? V : 1, U = 4;
+__global__ void __launch_bounds__(kThreads, blocks(Kernel::kStats, 1, 1))
+    channel_stats(const __grid_constant__ Args a) {
+  constexpr int P = A == Axis::kChannels ? V : 1, U = kUnrollStats;
   using Y = Tile<T, 1, A, V>;
   const int b = blockIdx.z;
   const int width = blockDim.x, thread = threadIdx.y * width + threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksStats) channel_stats(const __
         for (int u = 0; u < U; ++u) {
           there[u] = walk.n < a.N && (a.mask == nullptr || a.mask[b * a.mask_k + walk.n * a.mask_n]);
           if (there[u]) y[u].load(a, a.y[b], walk, c);
-          advance(a, walk);
+          advance<1>(a, walk);
         }
         if (number > 0.f && there[0] && there[1] && there[2] && there[3]) {
           // Four values relative to the first of them lose nothing: of their squares, at least a quarter is variance.
