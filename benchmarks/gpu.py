@@ -7,7 +7,7 @@ The round ends in time: every stage has a limit, tests and rows that it does not
 has what the others left. After build failed nothing is measured; after a test failed rows still are, since each is
 held against a reference before it is timed, but the README then says so. Leaves in one folder <gpu>-<commit>.json,
 written after every stage, its plots, and the log of all stages; a later round of the same commit, with nothing changed,
-measures the rows that are not there. Where only the files travel and there is no git, FRACTAL_COMMIT names the commit.
+measures the rows that are not there. Where the files travel without their git, FRACTAL_COMMIT names the commit.
 Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.

@@ -17,6 +17,8 @@ from benchmarks.gpu_report import (
     label,
     number,
     plots_of,
+    rate,
+    share,
     step_rate,
 )
 
@@ -84,19 +86,21 @@ def lane_entries(lanes: dict[tuple[str, str], Row]) -> Entries:
 
 def draw_kernels(groups: dict[str, list[Row]], machine: dict[str, Any]) -> Any:
     """Every row with a share of a copy: a line per op, in it a lane per backend and dtype."""
-    rows = [row for row in groups["gpu"] if "share_of_copy" in row["extra"]]
+    rows = [row for row in groups["gpu"] if share(row) is not None]
     ops, lanes = list(dict.fromkeys(map(label, rows))), lanes_of(rows)
     order = list(lanes)
     drawn, ax = canvas(1.8 + 0.13 * len(ops) * max(len(lanes), 3), f"Kernels on {machine['device']}")
     for row in rows:
-        case, share = row["case"], 100 * row["extra"]["share_of_copy"]
+        case = row["case"]
         lane = (order.index((case["backend"], case["dtype"])) + 0.5) / len(lanes) - 0.5
-        ax.plot(share, ops.index(label(row)) + 0.8 * lane, LAYOUTS.get(case["layout"], ("", "x"))[1], **look(row))
+        ax.plot(
+            100 * share(row), ops.index(label(row)) + 0.8 * lane, LAYOUTS.get(case["layout"], ("", "x"))[1], **look(row)
+        )
     for line in range(1, len(ops)):
         ax.axhline(line - 0.5, color="#e6e6e6", linewidth=0.8)
     ax.axvline(100, color=BLACK, linewidth=1, linestyle=(0, (4, 4)))
     name_rows(ax, ops, range(len(ops)))
-    ax.set_xlim(0, max(105, *(103 * row["extra"]["share_of_copy"] for row in rows)))
+    ax.set_xlim(0, max(105, *(103 * share(row) for row in rows)))
     ax.set_xlabel("bandwidth, in % of a copy of as many bytes")
     used = [LAYOUTS[key] for key in LAYOUTS if any(row["case"]["layout"] == key for row in rows)]
     legend(drawn, lane_entries(lanes) + [(text, {"marker": mark, "color": GREY}) for text, mark in used])
@@ -137,7 +141,7 @@ def draw_roofline(groups: dict[str, list[Row]], machine: dict[str, Any]) -> Any:
     nobody counts, at the right edge."""
     copy, compute = 1e-3 * machine["copy_gb_per_s"], machine["bf16_tflop_per_s"]
     points = [(row, x) for row in groups["gpu"] if row["case"]["layout"] == "nhwc" and (x := intensity(row))]
-    steps = [rate for row in groups["gpu_step"] if (rate := step_rate(row))]
+    steps = [reached for row in groups["gpu_step"] if (reached := step_rate(row))]
     drawn, ax = canvas(5.6, f"Roofline of {machine['device']}")
     left, knee = min([0.05, *(x / 2 for _, x in points)]), compute / copy
     right = 4 * knee
@@ -146,9 +150,9 @@ def draw_roofline(groups: dict[str, list[Row]], machine: dict[str, Any]) -> Any:
     middle = (left * knee) ** 0.5
     ax.annotate(f"copy: {number(1e3 * copy)} GB/s", (middle, middle * copy), (-8, 2), ha="right", **OFFSET)
     for row, x in points:
-        ax.plot(x, 1e-3 * x * row["extra"]["gb_per_s"], MARKS[row["case"]["op"]], **look(row))
-    for rate in steps:
-        ax.plot(right, rate, "X", color="#009e73", markersize=7, clip_on=False)
+        ax.plot(x, 1e-3 * x * rate(row), MARKS[row["case"]["op"]], **look(row))
+    for reached in steps:
+        ax.plot(right, reached, "X", color="#009e73", markersize=7, clip_on=False)
     ax.set(xscale="log", yscale="log", xlim=(left, right), ylabel="rate (TFLOP/s)")
     ax.set_xlabel("operations per byte moved (flop/byte)")
     for axis in (ax.xaxis, ax.yaxis):

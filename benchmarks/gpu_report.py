@@ -7,7 +7,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-NOT_MEASURED = "Not yet measured: neither backend has run on a GPU, so nothing chooses them by itself."
+NOT_MEASURED = "Not yet measured."
 COMPILED = ("compiled", "compiled_graphs", "compiled_max")  # one contender in three modes: the best one counts
 MACHINE = ("device", "torch", "cuda", "copy_gb_per_s", "bf16_tflop_per_s")
 CASES = {
@@ -92,6 +92,16 @@ def together(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
+def rate(row: Row) -> float | None:
+    """GB/s of what a kernel moves, by the time of the device where that was measured: no launches are in it."""
+    return row["extra"].get("device_gb_per_s", row["extra"].get("gb_per_s"))
+
+
+def share(row: Row) -> float | None:
+    """Of a copy's rate, likewise."""
+    return row["extra"].get("device_share_of_copy", row["extra"].get("share_of_copy"))
+
+
 def label(row: Row) -> str:
     """A kernel by its name; a function of two directions with the direction."""
     op, direction = row["case"]["op"], row["case"].get("direction")
@@ -172,8 +182,8 @@ def memory_cells(row: Row) -> tuple[str, ...]:
 
 def kernel_cells(rows: Sequence[Row]) -> tuple[str, str]:
     """Of one op, dtype and backend over all shapes: bytes/s and share of a copy, and torch.compile's time."""
-    rates = [row["extra"]["gb_per_s"] for row in rows if "gb_per_s" in row["extra"]]
-    shares = [row["extra"]["share_of_copy"] for row in rows if "share_of_copy" in row["extra"]]
+    rates = [value for row in rows if (value := rate(row)) is not None]
+    shares = [value for row in rows if (value := share(row)) is not None]
     compiled = [value for row in rows if (value := best_compile(row)) is not None]
     moved = ([f"{number(max(rates))} GB/s"] if rates else []) + ([span(shares, percent)] if shares else [])
     return ", ".join(moved) or "–", span(compiled, times) if compiled else "–"
@@ -193,7 +203,10 @@ def kernel_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def markdown_table(lines: Sequence[Sequence[str]], names: int) -> str:
-    """The first line is the header; the first `names` columns are words, the others figures."""
+    """The first line is the header; the first `names` columns are words, the others figures: those without any are
+    left out."""
+    there = [i for i in range(len(lines[0])) if i < names or any(line[i] != "–" for line in lines[1:])]
+    lines = [[line[i] for i in there] for line in lines]
     rule = "|" + "---|" * names + "---:|" * (len(lines[0]) - names)
     header, *rows = ("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([header, rule, *rows])
@@ -247,7 +260,7 @@ def extremes(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for op in dict.fromkeys(map(label, rows)):
         of = [row for row in rows if label(row) == op]
         if any("share_of_copy" in row["extra"] for row in of):
-            lines.append((op, *pair(of, lambda row: row["extra"].get("share_of_copy"), percent)))
+            lines.append((op, *pair(of, share, percent)))
         if any(best_compile(row) is not None for row in of):
             lines.append((f"{op} vs torch.compile", *pair(of, best_compile, times)))
     return lines
@@ -303,8 +316,8 @@ def markdown(result: dict[str, Any], name: str) -> str:
     kernels = [row for row in groups["gpu"] if row["case"]["layout"] == "nhwc" and row["case"]["dtype"] != "fp16"]
     if kernels:
         parts += [
-            "Kernels and functions in channels_last: bytes moved per second, as a share of a copy of as many bytes, "
-            "and how many times as long torch.compile takes.",
+            "Kernels and functions in channels_last: bytes moved per second of the device's time, and as a share of a "
+            "copy of as many bytes; and how many times as long torch.compile takes, where it was measured.",
             markdown_table(kernel_table(kernels), 2),
         ]
     if memory := groups["gpu_memory"]:

@@ -129,8 +129,10 @@ def git(*arguments: str) -> str | None:
 
 def commit() -> str | None:
     """The commit measured, with "-dirty" when something other than the results and the README differs from it; where
-    the files came without git, FRACTAL_COMMIT says whose they are."""
-    sha = git("rev-parse", "HEAD") or os.environ.get("FRACTAL_COMMIT")
+    the files came without their git, FRACTAL_COMMIT says whose they are."""
+    if given := os.environ.get("FRACTAL_COMMIT"):
+        return given
+    sha = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     return f"{sha}-dirty" if sha and changed else sha
 

@@ -84,11 +84,24 @@ def test_tables_of_the_readme():
         "| fractalnet20 | 100 | bf16 | mixture | 2.00 ms | 7.00× | 2.50× | 1.50× | 4.00× | 100 MB, 0.40 of eager's "
         "| 40.0 MB, 0.40 of eager's |" in text
     )
-    assert "| forward | bf16 | 3600 GB/s, 90 % | – | 3800 GB/s, 95 % | – |" in text
-    assert "| bn_relu_join forward | bf16 | – | – | – | 1.50× |" in text
+    assert "| forward | bf16 | 3600 GB/s, 90 % | 3800 GB/s, 95 % | – |" in text
+    assert "| bn_relu_join forward | bf16 | – | – | 1.50× |" in text
     assert "| saved for backward, cuda bn_relu_join | 100 MB | 3.00× | 2.00× |" in text
     assert "0123456789, `python -m benchmarks.gpu --stages kernels,steps`" in text
     assert "(benchmarks/results/test-gpu-0123456789-roofline.svg)" in text
+
+
+def test_what_was_not_measured_has_no_column():
+    rows = [kernel("forward", "cuda", 0.95), step("fractalnet20", ours=1.0, eager=3.0)]
+    text = gpu_report.markdown(RESULT | {"rows": rows}, "test-gpu")
+    assert "| op | dtype | CUDA |\n|---|---|---:|\n| forward | bf16 | 3800 GB/s, 95 % |" in text
+    assert "torch.compile |" not in text and "Triton |" not in text and "vs eager |" in text
+
+
+def test_the_time_of_the_device_counts():
+    row = kernel("forward", "cuda", 0.5)
+    row["extra"] |= {"device_gb_per_s": 3600.0, "device_share_of_copy": 0.9}
+    assert "3600 GB/s, 90 %" in gpu_report.markdown(RESULT | {"rows": [row]}, "test-gpu")
 
 
 def test_plots_are_the_same_bytes(tmp_path):
@@ -113,6 +126,7 @@ def readme(monkeypatch, tmp_path):
 def test_results_of_a_gpu_reach_the_readme(readme, capsys):
     pytest.importorskip("matplotlib")
     path, folder = readme
+    assert report.main(["--write", "--results", str(folder)]) == 0
     assert report.main(["--check", "--results", str(folder)]) == 0
     assert gpu_report.NOT_MEASURED in path.read_text("utf-8")
     (folder / "test-gpu-0123456789.json").write_text(json.dumps(RESULT))
