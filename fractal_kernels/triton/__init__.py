@@ -152,15 +152,19 @@ def channel_stats(
 ) -> None:
     call = _Call("channel_stats", ys[0], len(ys), mask, 0, channels_last)
     k, device, channels = len(ys), ys[0].device, call.channels
+    y_strides, unroll = _strides(ys, False), config.STATS_UNROLL[channels_last and channels % 16 == 0]  # 16: Triton's
+    row = config.row_of(ys[0].dtype, channels_last, call.choice.channels, call.geometry[1])
+    if row > 1:
+        unroll = config.ROW_UNROLL
+        call.choice = call.choice._replace(programs_per_processor=config.ROW_STATS[1])
+        call.constants |= config.options("channel_stats", k, False, call.choice.warps, channels_last, row)
     programs, blocks = call.grid(device)
     partial = mean.new_empty((programs, k, 3, channels))
     numbers = mean.new_empty((programs, k))
-    y_strides, wide = _strides(ys, False), channels_last and channels % 16 == 0  # 16: what Triton looks at
     with _on(device):
         kernels.channel_stats[(programs, blocks)](
             partial, numbers, tuple(ys), call.mask, *y_strides, *call.mask_strides, call.count, call.geometry[1],
-            channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=config.STATS_UNROLL[wide],
-            **call.constants,
+            channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=unroll, V=row, **call.constants,
         )  # fmt: skip
         tile = config.merge(channels)
         kernels.merge_stats[(k, _ceil(channels, tile.channels))](

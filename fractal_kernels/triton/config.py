@@ -18,6 +18,9 @@ REDUCERS_PER_PROCESSOR = {"channel_stats": 4, "join_backward_reduce": 2}  # all 
 CONTIGUOUS_STATS = (168, 3)
 # Loads of a thread that are on their way together; fewer where they are not of channels by 128 bits.
 STATS_UNROLL = {True: 4, False: 2}
+# Where a row of pixels has one set of sums: registers, blocks, and rows that are on their way together.
+ROW_STATS = (80, 6)
+ROW_UNROLL = 4
 # The kernels that may be tuned: each of their outputs depends on one site and channel, so that no tile changes a bit of
 # it. channel_stats and join_backward_reduce add up in an order that their tile and grid give.
 ELEMENTWISE = ("join_forward", "join_backward_apply")
@@ -61,18 +64,24 @@ def merge(channels: int) -> Tile:
     return Tile(2048 // wide, wide)
 
 
-def most_registers(kernel: str, branches: int, pool: bool, channels_last: bool) -> int:
+def row_of(dtype: torch.dtype, channels_last: bool, wide: int, pixels: int) -> int:
+    """Neighbouring pixels that channel_stats takes as one: 128 bits of a sample's channel, or 1."""
+    row = 16 // dtype.itemsize
+    return row if not channels_last and wide == 1 and pixels % row == 0 else 1
+
+
+def most_registers(kernel: str, branches: int, pool: bool, channels_last: bool, row: int = 1) -> int:
     if kernel == "channel_stats":
-        return MOST_REGISTERS[kernel] if channels_last else CONTIGUOUS_STATS[0]
+        return MOST_REGISTERS[kernel] if channels_last else (CONTIGUOUS_STATS if row == 1 else ROW_STATS)[0]
     return 255 if pool or branches > 3 else MOST_REGISTERS[kernel]
 
 
-def options(kernel: str, branches: int, pool: bool, warps: int, channels_last: bool) -> dict[str, int]:
+def options(kernel: str, branches: int, pool: bool, warps: int, channels_last: bool, row: int = 1) -> dict[str, int]:
     """Of a launch. Without a bound ptxas picks one by itself, and now and then spills a register for it. The bound is a
     thread's, whatever the number of warps: eight of 255 registers are a multiprocessor's 65536."""
     if torch.version.hip:
         return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": most_registers(kernel, branches, pool, channels_last)}
+    return {"num_warps": warps, "maxnreg": most_registers(kernel, branches, pool, channels_last, row)}
 
 
 class Choice(NamedTuple):

@@ -27,6 +27,8 @@ from .maths import (
     merged,
     offset,
     relu,
+    row_max,
+    row_sum,
     site_gradients,
     sites,
     total,
@@ -41,40 +43,44 @@ MASK_STRIDES = ("mk", "mn")  # another batch, the last of an epoch, is no other 
 @triton.jit(do_not_specialize=MASK_STRIDES)
 def channel_stats(partial, numbers, ys, mask, y_sn, y_sc, y_sh, y_sp, mk, mn, count, pixels, C, K: tl.constexpr,
                   MASK: tl.constexpr, CL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr,
-                  BC: tl.constexpr, U: tl.constexpr):  # fmt: skip
+                  BC: tl.constexpr, U: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """partial[program, b] = origin, mean - origin and sum of squared deviations, numbers[program, b] = how many values.
-    Grid: (programs, channel blocks). Reads k tensors. For each site of the tile, relative to that site's first value:
-    U values at a time, which are on their way together, by Chan's merge; then his merge over the sites."""
+    Grid: (programs, channel blocks). Reads k tensors. For each site of the tile, relative to one of that site's values:
+    U values at a time, which are on their way together, by Chan's merge; then his merge over the sites. V > 1: a site
+    is a row of as many neighbouring pixels of one sample and channel, what a thread loads at once."""
     c = channels(BC, WIDE)
     for b in tl.static_range(K):
-        origin = tl.zeros([BP, BC], tl.float32)
-        mean = tl.zeros([BP, BC], tl.float32)
-        m2 = tl.zeros([BP, BC], tl.float32)
-        number = tl.zeros([BP, 1], tl.float32)
+        origin = tl.zeros([BP // V, BC], tl.float32)
+        mean = tl.zeros([BP // V, BC], tl.float32)
+        m2 = tl.zeros([BP // V, BC], tl.float32)
+        number = tl.zeros([BP // V, 1], tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(count, BP), U * tl.num_programs(0)):
             theres, values = (), ()
             for u in tl.static_range(U):
-                there, n, h, p = sites(tile + u * tl.num_programs(0), count, pixels, 1, BP, False, FLAT, WIDE)
+                there, n, h, p = sites(tile + u * tl.num_programs(0), count, pixels, 1, BP, False, FLAT, WIDE, V)
                 if MASK:
                     there = there & (tl.load(mask + b * mk + n * mn, there, other=0) != 0)
                 off = offset(n, h, p, y_sn[b], y_sh[b], y_sp[b], 1, not CL) + within(c, y_sc[b], CL)
+                if V > 1:
+                    off = off + tl.arange(0, V)[None, :]
                 theres = theres + (there,)
                 values = values + (tl.load(ys[b] + off, there & (c < C), other=0.0),)
             # Relative to one of the values, their squares lose nothing: a part of them is variance.
-            first = values[0].to(tl.float32)
+            first = row_max(values[0].to(tl.float32), V)
             if MASK:
                 for i in tl.static_range(1, U):
-                    first = tl.where(theres[U - i], values[U - i].to(tl.float32), first)
-                first = tl.where(theres[0], values[0].to(tl.float32), first)
+                    first = tl.where(theres[U - i], row_max(values[U - i].to(tl.float32), V), first)
+                first = tl.where(theres[0], row_max(values[0].to(tl.float32), V), first)
             origin = tl.where(number == 0, first, origin)
             add = theres[0].to(tl.float32)
             total, squares = mean * 0, mean * 0
-            for u in tl.static_range(0 if MASK else 1, U):
+            for u in tl.static_range(0 if MASK or V > 1 else 1, U):
                 d = tl.where(theres[u], values[u].to(tl.float32) - first, 0.0)
-                total += d
-                squares += d * d
+                total += row_sum(d, V)
+                squares += row_sum(d * d, V)
             for u in tl.static_range(1, U):
                 add += theres[u].to(tl.float32)
+            add *= V
             inverse = 1.0 / tl.maximum(add, 1.0)  # divisions for each site, not for each value
             ratio = add * (1.0 / tl.maximum(number + add, 1.0))
             delta = (first - origin) + total * inverse - mean

@@ -38,12 +38,22 @@ def channels(BC: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sites(tile, count, pixels, width, BP: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr,
-          WIDE: tl.constexpr):  # fmt: skip
+def row_max(x, V: tl.constexpr):
+    return tl.max(x, 1, keep_dims=True) if V > 1 else x
+
+
+@triton.jit
+def row_sum(x, V: tl.constexpr):
+    return tl.sum(x, 1, keep_dims=True) if V > 1 else x
+
+
+@triton.jit
+def sites(tile, count, pixels, width, BP: tl.constexpr, POOL: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+          V: tl.constexpr = 1):  # fmt: skip
     """Of a tile: which sites exist, and their sample, row and column (without pooling, pixel; FLAT: pixel of all
-    samples). [BP, 1] each."""
+    samples), [BP, 1] each. V > 1: of every V-th, [BP // V, 1]."""
     first = tile * tl.full([1, 1], BP, tl.int64 if WIDE else tl.int32)
-    i = tl.arange(0, BP)[:, None]
+    i = tl.arange(0, BP // V)[:, None] * V
     if FLAT:
         p = first + i
         return i < count - first, p * 0, p * 0, p
