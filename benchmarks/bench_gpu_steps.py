@@ -237,7 +237,8 @@ class Nets:
                         self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
                 found[name] = call
             except Exception as error:  # of what others compile; and memory, of what is there beside it
-                if name in ("ungraphed", "triton") and not isinstance(error, torch.OutOfMemoryError):
+                memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+                if not memory and (name in ("ungraphed", "triton") or isinstance(error, AssertionError)):
                     raise
                 print(f"{name}: left out\n{traceback.format_exc()}", flush=True)
                 self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]

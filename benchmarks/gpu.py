@@ -161,7 +161,8 @@ def clocks() -> str:
 class Round:
     def __init__(self, folder: Path, processes: int, deadline: float, select: str = "", tests: str = "") -> None:
         self.folder, self.processes, self.deadline = folder.resolve(), processes, deadline
-        self.select, self.tests, self.limits = select, tests, dict(LIMITS)
+        self.select, self.tests = select, tests
+        self.limits: dict[str, float] = {}  # in the place of LIMITS
         self.scratch = Path(tempfile.mkdtemp(prefix="fractal-gpu-"))
         self.limit = 0.0  # seconds of the stage that runs
         self.logs: list[Path] = []  # of its processes
@@ -183,7 +184,8 @@ class Round:
         """A stage and, in the results, what became of it. False: it failed."""
         begun, self.logs = time.monotonic(), []
         left = self.deadline - begun
-        self.limit = left if last else min(self.limits[stage], left)
+        usual = left if last else LIMITS[stage]
+        self.limit = min(self.limits.get(stage, usual), left)
         try:
             if self.limit < 2 * GRACE:
                 raise Failed(f"not begun: {max(left, 0):.0f} s of the round were left")
@@ -354,11 +356,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     this = Round(options.results, options.processes, deadline, options.select, options.tests)
-    this.limits |= dict(options.limit)
+    this.limits = dict(options.limit)
     this.command = shlex.join(["python", "-m", "benchmarks.gpu", "--stages", ",".join(stages)])
     for name in ("select", "tests"):
         if value := getattr(options, name):
             this.command += f" --{name} {shlex.quote(value)}"
+    this.command += "".join(f" --limit {stage}={seconds:g}" for stage, seconds in options.limit)
+    this.command += f" --minutes {options.minutes:g}" if options.minutes != MINUTES else ""
     good = True
     try:
         for stage in stages:

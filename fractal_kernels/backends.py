@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,23 @@ def why_not(name: str, device: torch.device | None = None) -> str:
     return _problem(device.index if device is not None else None) if name == "cuda" else ""
 
 
+@torch.compiler.assume_constant_result
+def _chooses_triton(index: int | None) -> bool:
+    """Whether automatic takes Triton: on NVIDIA's devices from sm_80 on, with the C compiler that its launches need."""
+    if _interpreted or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def automatic(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for tensors of this dtype on this device where nobody names one."""
+    for name in NAMES:
+        if _takes(name, dtype) and not why_not(name, device) and (name != "triton" or _chooses_triton(device.index)):
+            return name
+    return "reference"
+
+
 def _elsewhere(there: str, device_type: str) -> str:
     return f"it runs on {there} and the inputs are on {device_type}; move them, or use the backend 'reference'"
 
@@ -206,7 +224,7 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
     elif os.environ.get("FRACTAL_BACKEND"):
         argument, name = "FRACTAL_BACKEND", os.environ["FRACTAL_BACKEND"]
     else:
-        return next(name for name in NAMES if _takes(name, dtype) and not why_not(name, device))
+        return automatic(device, dtype)
     if reason := why_not(_known(op, argument, name), device):
         raise BackendUnavailable(f"{op}: expected {argument} to be usable here, got {name!r}: {reason}")
     if not _takes(name, dtype):

@@ -23,7 +23,7 @@ from .schedule import schedule
 
 _aten = torch.ops.aten
 # Backends whose join_backward_apply may write dy over the y that it reads, on the CPU. Triton's tuning runs a launch
-# several times; CUDA's has not been tried.
+# several times; CUDA's loads do not wait for its stores.
 IN_PLACE = ("cpu", "reference")
 
 

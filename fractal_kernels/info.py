@@ -36,7 +36,7 @@ def report() -> str:
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
     lines.append("fused activation: ReLU; networks with another one (leaky ReLU, SiLU, Mish, ...) run in PyTorch")
     if torch.cuda.is_available():
-        name = backends.resolve("info", None, torch.device("cuda"), torch.float32)
+        name = backends.automatic(torch.device("cuda"), torch.float32)
         lines.append(f"CUDA device: ops on its tensors use the backend {name!r} unless another is named")
     return "\n".join(lines)
 

@@ -158,9 +158,21 @@ def _channel_stats(
         out[2].zero_()
         return out
     ys, channels_last = in_one_layout(ys)
-    exact = [t if t.dtype == out[0].dtype and t.is_contiguous() else t.to(out[0].dtype).contiguous() for t in running]
-    backends.launcher(backend).channel_stats(*out, ys, mask, exact, momentum, momenta, channels_last)
-    for t, moved in zip(running, exact, strict=True):
+    # One copy of a tensor that two branches share, and of one that a kernel does not take as it is.
+    dtype, copies = out[0].dtype, {id(t): (t, t) for t in running}
+    for key, (t, _) in copies.items():
+        if t.dtype != dtype or not t.is_contiguous():
+            copies[key] = (t, t.to(dtype).contiguous())
+    exact = [copies[id(t)][1] for t in running]
+    launcher, k = backends.launcher(backend), len(ys)
+    at_once = len(copies) == len(running) or backend not in ("triton", "cuda")  # else a GPU's blocks would race
+    launcher.channel_stats(*out, ys, mask, exact if at_once else [], momentum, momenta, channels_last)
+    if not at_once:
+        update = backends.launcher("reference").update_running
+        for b in range(k):
+            share = momentum if momenta is None else momenta[b : b + 1]
+            update([exact[b], exact[k + b]], *(t[b : b + 1] for t in out), share)
+    for t, moved in copies.values():
         if t is not moved:
             t.copy_(moved)
         elif not t.is_inference():

@@ -86,6 +86,7 @@ class Code:
     loads: Counter[str] | None = None
     stores: Counter[str] | None = None
     double: int = 0
+    capability: int = 90
     first: int = 0  # loads of inputs before the first store
 
     @property
@@ -95,12 +96,14 @@ class Code:
         if self.kernel.startswith("merge_"):
             return 4  # one of 512 threads: there are fewer of them than multiprocessors
         if self.kernel == "channel_stats":
-            return 6
+            return 6 if self.axis == "pixels" or self.capability == 90 else 4
         if self.kernel == "join_forward":
             return (4 if plain else 3) if k > 3 else (6 if k == 3 else 7) if plain else 4
         if k > 3:
             return 3 if k == 4 and plain else 2
         if self.kernel == "join_backward_reduce":
+            if k == 3 and plain and self.axis == "channels" and self.capability < 90:
+                return 2
             return 6 - k if plain else 4
         return (5 if k == 1 else 4) if plain else 3
 
@@ -139,6 +142,7 @@ def machine_code(folder: Path, capability: int) -> Iterator[Code]:
             code.loads = Counter(re.findall(r"\bLDG\.E[.\w]*", body))
             code.stores = Counter(re.findall(r"\bSTG\.E[.\w]*", body))
             code.first = len(re.findall(rf"\b{re.escape(code.load)}\s", body.split("STG.E")[0]))
+            code.capability = capability
             code.double = len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b", body))
         yield from codes.values()
 

@@ -44,9 +44,42 @@ def test_available_backends(cpu_backend):
 @pytest.mark.parametrize("lacking, expected", [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")])
 def test_automatic_on_a_gpu(lacking, expected, monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda name, device: "why" if name in ("cpu", *lacking) else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv("CC", "cc")
     device = torch.device("cuda")
     assert backends.resolve("join", None, device, torch.bfloat16) == expected
     assert backends.resolve("join", None, device, torch.float64) == "reference"
+
+
+def test_automatic_leaves_triton_where_it_may_not_run(monkeypatch):
+    """It is there, and still: the interpreter, AMD's devices, old ones, and no C compiler for its launches."""
+    monkeypatch.setattr(backends, "why_not", lambda name, device: "why" if name in ("cpu", "cuda") else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends, "_interpreted", False)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
+    monkeypatch.delenv("CC", raising=False)
+    device = torch.device("cuda")
+    assert backends.automatic(device, torch.float32) == "triton"
+    for module, name, value in (
+        (backends, "_interpreted", True), (torch.version, "hip", "6.0"), (backends.shutil, "which", lambda name: None),
+        (torch.cuda, "get_device_capability", lambda index: (7, 5)), (torch.cuda, "is_available", lambda: False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert backends.automatic(device, torch.float32) == "reference"
+
+
+def test_report_names_the_automatic_backend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "automatic", lambda device, dtype: "cuda")
+    monkeypatch.setattr(backends, "_good", {0})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("FRACTAL_BACKEND", "cpu")
+    assert "CUDA device: ops on its tensors use the backend 'cuda' unless another is named" in info.report()
 
 
 def test_report(cpu_backend):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from cases import Case, all_flags, check, draw, plain_flags
 from conftest import SIMULATED
 from unread import read_nothing
 
-from fractal_kernels import BackendUnavailable, available_backends, backends, masked_mean_join
+from fractal_kernels import BackendUnavailable, available_backends, backends, bn_relu_join, masked_mean_join
 
 HERE = Path(__file__).resolve().parent
 SUITE = [str(HERE / name) for name in ("test_ops.py", "test_running.py", "test_gpu.py", "test_cuda.py")]
@@ -68,6 +69,27 @@ def test_number_of_branches_and_dtypes(shape, gpu_backend):
                 for layout in ("channels_last", "contiguous"):
                     case = Case(k, pool=pool, mask=("none", "sample")[k % 2])
                     check(case, draw(case, dtype, shape, [layout]), gpu_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not SIMULATED, reason="10 GB of addresses, of which the host touches a few pages")
+@pytest.mark.parametrize("strides", [(0, 1, 1_440_000_000, 720_000_000), (0, 2_200_000_000, 2, 1)], ids=str)
+def test_strides_of_2_31_elements(strides):
+    """A window's last pixel, and a channel, so far from the first."""
+    memory = mmap.mmap(-1, 4 * 2_400_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    far = torch.frombuffer(memory, dtype=torch.float32).as_strided((1, 2, 2, 2), strides)
+    near = torch.randn(1, 2, 2, 2)
+    far.copy_(near)
+    layout = torch.channels_last if strides[1] == 1 else torch.contiguous_format
+    near, grad = near.to(memory_format=layout), torch.randn(1, 2, 1, 1)
+    stats = [torch.zeros(2)], [torch.ones(2)]
+    results = []
+    for y in (near, far):
+        y.requires_grad_()
+        out = bn_relu_join([y], None, None, *stats, training=False, pool="before", backend="cuda")
+        results.append([out, *torch.autograd.grad(out, y, grad)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.fixture(scope="session")

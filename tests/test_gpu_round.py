@@ -134,7 +134,7 @@ def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
     result = results(out)
     assert [row["what"] for row in result["rows"]] == ["measured"]
     assert "not done in 15 s" in result["stages"]["steps"]["said"]
-    assert result["command"].endswith("--stages steps --select 'not wrong'")
+    assert result["command"].endswith("--stages steps --select 'not wrong' --minutes 0.25")
     # What is there is not measured again.
     monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 0)})
     gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", "--minutes", "1"])

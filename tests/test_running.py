@@ -87,6 +87,22 @@ def test_inference_tensors(backend):
         assert (mean != 0).all()
 
 
+@pytest.mark.parametrize("kind", ["as it is", "strided", "half"])
+@pytest.mark.parametrize("momentum", ["number", "each"])
+def test_one_batch_norm_of_two_branches(momentum, kind, backend):
+    """Its statistics move by both, one after the other."""
+    ys, numbers = inputs()[:2], [0.1, 0.1] if momentum == "number" else [0.5, 0.25]
+    mean, var = torch.zeros(2 * C)[:: 2 if kind == "strided" else 1][:C], torch.ones(C)
+    mean, var = (t.half() if kind == "half" else t for t in (mean, var))
+    want = torch.stack([mean, var]).double()
+    for y, number in zip(ys, numbers, strict=True):
+        want = expected(y, torch.ones(4, dtype=torch.bool), want, number)
+    given = 0.1 if momentum == "number" else torch.tensor(numbers)
+    bn_relu_join(ys, None, None, [mean] * 2, [var] * 2, None, True, given, backend=backend)
+    tolerance = 2e-3 if kind == "half" else 2e-6
+    torch.testing.assert_close(torch.stack([mean, var]).double(), want, rtol=tolerance, atol=tolerance)
+
+
 def test_a_step_is_our_operators_alone(backend, monkeypatch):
     """Forward: statistics and join. Backward: reduction and gradients. On a GPU a merge after each reduction: three
     launches and three."""

@@ -13,12 +13,12 @@ struct Walk {
   int n, h, w;
 };
 
-// A tensor: strides in elements, 0 where there is one of a kind. Those inside a sample have 32 bits, and a product of
-// 32 bits by 32 is one instruction.
+// A tensor: strides in elements, 0 where there is one of a kind. Those of pixels have 32 bits, and a product of 32 bits
+// by 32 is one instruction.
 struct Strided {
   void* data;
-  int64_t n;
-  int c, h, w;
+  int64_t n, c;
+  int h, w;
 };
 
 struct Args {

@@ -49,6 +49,17 @@ int processors(int32_t device) {
   return count;
 }
 
+int architecture(int32_t device) {
+  static std::array<std::atomic<int>, 64> known{};
+  std::atomic<int>& number = known.at(device);
+  if (number == 0) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, nothing), "architecture of the kernels");
+    number = attributes.ptxVersion;
+  }
+  return number;
+}
+
 std::string problem(int32_t device) {
   int driver = 0, before = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver; install one";

@@ -25,6 +25,9 @@ struct Device {
 
 int processors(int32_t device);
 
+// That the kernels which run on the current device were compiled for: 90 where __CUDA_ARCH__ was 900.
+int architecture(int32_t device);
+
 // Why kernels cannot run on a device and what to do, or an empty string.
 std::string problem(int32_t device);
 

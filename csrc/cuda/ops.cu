@@ -38,12 +38,12 @@ constexpr int64_t kMost = std::numeric_limits<int>::max() - (1 << 20);  // count
 Strided strided(const Tensor& t, bool pool) {
   const View v = view_of(t, pool);
   const auto narrow = [](int64_t size, int64_t stride) {
-    STD_TORCH_CHECK(size <= 1 || (stride >= 0 && stride <= kMost), "fractal_kernels cuda: expected strides of at most ",
-                    kMost, " elements within a sample, got ", stride);
+    STD_TORCH_CHECK(size <= 1 || (stride >= 0 && stride <= kMost), "fractal_kernels cuda: expected pixels at most ",
+                    kMost, " elements apart, got ", stride);
     return size <= 1 ? 0 : static_cast<int>(stride);
   };
-  const int64_t pixels = pixels_of(t), columns = pool ? t.size(3) : pixels;
-  return {v.data, v.n, narrow(t.size(1), v.c), narrow(pool ? t.size(2) : 1, v.h), narrow(columns, v.w)};
+  const int64_t rows = pool ? t.size(2) : 1, columns = pool ? t.size(3) : pixels_of(t);
+  return {v.data, v.n, v.c, narrow(rows, v.h), narrow(columns, v.w)};
 }
 
 // One call of a kernel: the device's current stream, the arguments, and the plan once make() is called.
@@ -113,7 +113,7 @@ struct Call {
   void make(bool edges) {  // edges: windows that are cut off too
     const int more = edges ? 1 : 0;
     plan = make_plan(kernel, a, size, pool ? 4 : 1, pool ? (a.H + more) / 2 : a.H, pool ? (a.W + more) / 2 : a.W,
-                     channels_last, processors(device.index));
+                     channels_last, processors(device.index), architecture(device.index));
   }
 
   void start() {

@@ -31,7 +31,7 @@ inline bool is_aligned(const Strided& v, Axis axis, int64_t width, int itemsize,
 
 // Fills in the geometry of `a`, which has N, k, C, H, W and the views. `np`: 4 with pooling. Hout, Wout: sites.
 inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, int Wout, bool channels_last,
-                      int processors) {
+                      int processors, int architecture) {
   const bool stats = kernel == Kernel::kStats;
   Plan p{};
   p.np = np;
@@ -64,7 +64,7 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
 
   const int64_t units = int64_t(a.N) * a.rows * a.columns, threads_y = kThreads / p.threads_x;
   // No more blocks than run at once: those of a reduction leave a partial each, and others gain nothing.
-  const int64_t most = int64_t(processors) * blocks(kernel, p.k, np);
+  const int64_t most = int64_t(processors) * blocks(kernel, p.k, np, p.axis, architecture);
   const int64_t at_once = threads_y * unroll(kernel, p.k, np, p.lanes);
   p.blocks_y = std::min(a.groups, 65535);
   p.blocks_z = stats ? a.k : 1;

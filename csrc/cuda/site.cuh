@@ -27,6 +27,11 @@ struct alignas(sizeof(T) * V) Pack {  // one load or store
 
 __device__ __forceinline__ int64_t wide(int i) { return i; }
 
+template <Axis A, int V>
+__device__ __forceinline__ int64_t channel_offset(const Strided& view, int c) {
+  return A == Axis::kChannels && V > 1 ? c : c * view.c;  // vectors are of neighbouring channels
+}
+
 // What a thread reads of one branch for one unit. NP: elements of a site, 1 or the 4 of a window.
 template <class T, int NP, Axis A, int V>
 struct Tile {
@@ -47,7 +52,7 @@ struct Tile {
   // f(pack, where it is in memory) for the packs that are inside the tensor.
   template <class F>
   __device__ __forceinline__ void each(const Args& a, const Strided& view, const Walk& at, int c, const F& f) {
-    T* base = static_cast<T*>(view.data) + wide(c) * view.c + at.n * view.n;
+    T* base = static_cast<T*>(view.data) + channel_offset<A, V>(view, c) + at.n * view.n;
     if (NP == 1) {
       f(pack[0], base + wide(at.w) * (A == Axis::kPixels ? V : view.w));
       return;
@@ -57,7 +62,7 @@ struct Tile {
     FRACTAL_UNROLL
     for (int i = 0; i < kPacks; ++i) {
       const int row = kRows ? i : i / 2, column = kRows ? 0 : i % 2;
-      if (h + row < a.H && w + column < a.W) f(pack[i], base + (row * view.h + column * view.w));
+      if (h + row < a.H && w + column < a.W) f(pack[i], base + (wide(row) * view.h + wide(column) * view.w));
     }
   }
 
@@ -73,7 +78,7 @@ struct Tile {
 // Where the unit's vector is in the output or its gradient, which has a site for every window.
 template <class T, Axis A, int V>
 __device__ __forceinline__ T* output_at(const Args& a, const Walk& at, int c) {
-  T* base = static_cast<T*>(a.out.data) + wide(c) * a.out.c + at.n * a.out.n + wide(at.h) * a.out.h;
+  T* base = static_cast<T*>(a.out.data) + channel_offset<A, V>(a.out, c) + at.n * a.out.n + wide(at.h) * a.out.h;
   return base + wide(at.w) * (A == Axis::kPixels ? V : a.out.w);
 }
 

@@ -30,7 +30,7 @@ struct Moments {
 };
 
 template <class T, Axis A, int V>
-__global__ void __launch_bounds__(kThreads, blocks(Kernel::kStats, 1, 1))
+__global__ void __launch_bounds__(kThreads, blocks(Kernel::kStats, 1, 1, A, kArchitecture))
     channel_stats(const __grid_constant__ Args a) {
   constexpr int P = A == Axis::kChannels ? V : 1, U = kUnrollStats;
   using Y = Tile<T, 1, A, V>;

@@ -40,6 +40,7 @@ void note_kernel(void* kernel) {
 
 Device::Device(int32_t index) : index(index), stream(nullptr) {}
 
+int architecture(int32_t) { return 90; }
 int processors(int32_t) { return 2; }  // so that threads walk several units of small tensors
 
 }  // namespace fractal::cuda
