@@ -152,13 +152,17 @@ def why_not(name: str, device: torch.device | None = None) -> str:
     return _problem(device.index if device is not None else None) if name == "cuda" else ""
 
 
+@cache
+def _has_c_compiler() -> bool:
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
 @torch.compiler.assume_constant_result
 def _chooses_triton(index: int | None) -> bool:
     """Whether automatic takes Triton: on NVIDIA's devices from sm_80 on, with the C compiler that its launches need."""
     if _interpreted or torch.version.hip is not None or not torch.cuda.is_available():
         return False
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+    return _has_c_compiler() and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def automatic(device: torch.device, dtype: torch.dtype) -> str:

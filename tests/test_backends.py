@@ -47,7 +47,7 @@ def test_automatic_on_a_gpu(lacking, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(backends, "_has_c_compiler", lambda: True)
     device = torch.device("cuda")
     assert backends.resolve("join", None, device, torch.bfloat16) == expected
     assert backends.resolve("join", None, device, torch.float64) == "reference"
@@ -60,17 +60,26 @@ def test_automatic_leaves_triton_where_it_may_not_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends, "_interpreted", False)
-    monkeypatch.setattr(backends.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends, "_has_c_compiler", lambda: True)
     device = torch.device("cuda")
     assert backends.automatic(device, torch.float32) == "triton"
     for module, name, value in (
-        (backends, "_interpreted", True), (torch.version, "hip", "6.0"), (backends.shutil, "which", lambda name: None),
+        (backends, "_interpreted", True), (torch.version, "hip", "6.0"), (backends, "_has_c_compiler", lambda: False),
         (torch.cuda, "get_device_capability", lambda index: (7, 5)), (torch.cuda, "is_available", lambda: False),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert backends.automatic(device, torch.float32) == "reference"
+
+
+@pytest.mark.parametrize("there, expected", [(("clang",), True), ((), False)])
+def test_a_c_compiler_is_looked_for_once(there, expected, monkeypatch):
+    asked = []
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: asked.append(name) or (name if name in there else None))
+    backends._has_c_compiler.cache_clear()
+    assert backends._has_c_compiler() == backends._has_c_compiler() == expected and asked == ["gcc", "clang"]
+    backends._has_c_compiler.cache_clear()
 
 
 def test_report_names_the_automatic_backend(monkeypatch):
