@@ -116,7 +116,7 @@ def test_machine_code_of_plain_joins(wide, monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-def test_machine_code_where_rows_are_cut(dtype, monkeypatch):
+def test_machine_code_where_rows_are_cut(dtype):
     """Statistics of planes of 7x7: a load of several pixels would be of two channels."""
     y, rows, count = torch.empty(32, 64, 7, 7, dtype=dtype), torch.empty(1, 64), torch.empty(1)
     mask = torch.ones(1, 32, dtype=torch.bool)

@@ -13,8 +13,8 @@ namespace fractal::cuda {
 
 enum class Kernel { kStats, kForward, kReduce, kApply };
 
-// How the kernels are cut. What an H100 was fastest with (k = 3, tensors of 26 to 206 MB): where threads hold the
-// parameters of few channels, many fit, and many threads hide latency better than many loads of one.
+// How the kernels are cut, chosen by timing variants on an H100 for three branches. Where threads hold the parameters
+// of few channels many fit, and many threads hide latency better than many loads of one.
 
 // Elements of a load. 16 bytes; 8 where the parameters of so many channels would take too many registers.
 constexpr int lanes(Kernel kernel, int itemsize, int k, int np, Axis axis) {
