@@ -19,6 +19,7 @@
 namespace fractal {
 
 constexpr int kMaxBranches = 8;
+constexpr float kInfinity = __builtin_huge_valf();
 
 // The same bits as fractal_kernels.library.Flags.
 enum Flag : int64_t {
@@ -69,14 +70,26 @@ FRACTAL_HD V window_max(const V (&a)[NP]) {
   return m;
 }
 
-// Splits g over the window: all of it goes to the first element that equals the maximum m. `out` may be `a`.
+// A maximum as its window's elements are compared with it: infinity for NaN, which only NaN is not below.
+template <class V>
+FRACTAL_HD V comparable(V m) {
+#if defined(__CUDA_ARCH__)
+  return fminf(m, kInfinity);  // of NaN and a number, the number
+#else
+  return m < V{} + kInfinity ? m : V{} + kInfinity;
+#endif
+}
+
+// Splits g over the window: all of it goes to the first element that equals the maximum m, of a window that holds NaN
+// to the first NaN (or an infinity before it). `out` may be `a`.
 template <int NP, class V>
 FRACTAL_HD void window_route(const V (&a)[NP], V m, V g, V (&out)[NP]) {
+  const V top = comparable(m);
   FRACTAL_UNROLL
   for (int p = 0; p < NP; ++p) {
     const V value = a[p];
-    out[p] = value < m ? V{} : g;
-    g = value < m ? g : V{};
+    out[p] = value < top ? V{} : g;
+    g = value < top ? g : V{};
   }
 }
 

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     DTYPES,
     LAYOUTS,
@@ -224,6 +225,27 @@ def test_windows_of_minus_infinity(pool, backend):
     out = bn_relu_join([y], *ones, *ones[::-1], activation="none", pool=pool, backend=backend)
     (grad,) = torch.autograd.grad(out.sum(), y)
     assert (grad[..., 0, 0] > 0.9).all() and grad.count_nonzero() == 8
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", ["none", "branch"])
+@pytest.mark.parametrize("pool", ["before", "after"])
+def test_windows_with_nan(pool, activation, layout, backend):
+    """A window's gradient goes to its NaN, as in PyTorch: the forward made NaN of it."""
+    y = torch.randn(2, 20, 8, 8)
+    for at in range(4):  # every place of a window, in a channel of its own; the other channels hold none
+        y[:, at, at // 2 :: 2, at % 2 :: 2] = NAN
+    y = y.contiguous(memory_format=layout).requires_grad_()
+    ones, zeros = [torch.ones(20)], [torch.zeros(20)]
+    options = {"eps": 0.0, "activation": activation, "pool": pool, "backend": backend}
+    out = bn_relu_join([y], None, None, zeros, ones, **options)
+    expected = F.max_pool2d(y if activation == "none" else F.relu(y), 2)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    weights = torch.rand(out.shape)
+    (grad,) = torch.autograd.grad(out, y, weights)
+    (right,) = torch.autograd.grad(expected, y, weights)
+    assert right[:, :4].count_nonzero() == 2 * 4 * 16
+    torch.testing.assert_close(grad, right)
 
 
 @pytest.mark.parametrize("pool", [None, "before", "after"])

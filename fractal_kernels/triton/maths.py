@@ -193,10 +193,12 @@ def window_max(values, first: tl.constexpr):
 
 @triton.jit
 def route(values, first: tl.constexpr, m, g):
-    """Splits g over a window: all of it to the first element that equals the maximum m."""
+    """Splits g over a window: all of it to the first element that equals the maximum m; of a window that holds NaN, to
+    the first NaN (or an infinity before it)."""
     out = ()
+    top = tl.where(m == m, m, float("inf"))  # of NaN infinity, which only NaN is not below
     for e in tl.static_range(4):
-        below = values[first + e] < m
+        below = values[first + e] < top
         out = out + (tl.where(below, 0.0, g),)
         g = tl.where(below, g, 0.0)
     return out
