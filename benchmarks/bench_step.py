@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import cases
-from benchmarks.cases import NETS
+from benchmarks.cases import GPU_NETS, NETS, Net
 from benchmarks.compare import hold_together
 from benchmarks.steps import TOLERANCE, full_path, gate, held_bytes, saved_bytes, three_nets, training_step
 
@@ -40,9 +41,9 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
     compare("step", f"training step, {net.title}", contenders, net.paths * net.passes, cycle=net.paths)
 
 
-def test_saved_bytes(benchmark: Any, record: Callable[..., None]) -> None:
-    """What one forward pass keeps for backward with nothing dropped."""
-    net = NETS["c3"]
+@pytest.mark.parametrize("net", [NETS["c3"], replace(GPU_NETS["fractalnet40"], batch=20)], ids=["c3", "fractalnet40"])
+def test_saved_bytes(benchmark: Any, record: Callable[..., None], net: Net) -> None:
+    """What one forward pass keeps for backward with nothing dropped: of fused blocks, and of composed ones."""
     x, y = cases.random_batch(net)
     x_last = x.to(memory_format=torch.channels_last)
     ours, public, _ = three_nets(net)
@@ -55,6 +56,7 @@ def test_saved_bytes(benchmark: Any, record: Callable[..., None]) -> None:
         return F.cross_entropy(public(x, masks), y)
 
     hold_together("ours, training, full path", [own()], [eager()], TOLERANCE)
+    title = net.title if "batch" in net.title else f"{net.title}, batch {net.batch}"
     saved = {"ours": saved_bytes(ours, own), "eager": saved_bytes(public, eager)}
     held = {"ours": held_bytes(own), "eager": held_bytes(eager)}
     benchmark.pedantic(own, rounds=3, iterations=1, warmup_rounds=1)
@@ -64,7 +66,7 @@ def test_saved_bytes(benchmark: Any, record: Callable[..., None]) -> None:
     }
     record(
         "memory",
-        f"saved for backward, {net.title}, full path",
+        f"saved for backward, {title}, full path",
         row,
         unit="MB",
         share_of_eager=saved["ours"] / saved["eager"],

@@ -7,6 +7,7 @@ from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, Mean
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv_bn_relu
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+from .ops.recompute import recomputed
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "fractal_block",
     "fuse",
     "masked_mean_join",
+    "recomputed",
     "sync_batch_norm",
     "use_backend",
 ]

@@ -37,7 +37,7 @@ def _is_relu(module: nn.Module | None) -> bool:
     return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
     The ReLU becomes an ``Identity``; parameters, buffers, hooks and ``state_dict`` keys stay as they are. A ReLU that
@@ -48,6 +48,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Args:
         model: any module.
+        recompute: convolutions that read a fused batch norm compute it again in backward, as in :func:`recomputed`: of
+            a chain of convolution, batch norm and ReLU one tensor a step is kept instead of two.
     Returns:
         A report; printing it lists what was left and why.
     Raises:
@@ -86,6 +88,9 @@ def fuse(model: nn.Module) -> FuseReport:
     for name in relus:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, nn.Identity())
+    for module in modules.values() if recompute else ():
+        if type(module) in (nn.Conv2d, StepConv2d):
+            module.__class__, module.recompute = StepConv2d, True
     return FuseReport(fused, skipped)
 
 

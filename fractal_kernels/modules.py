@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv2d_3x3, is_plain_3x3
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+from .ops.recompute import recomputed
 
 __all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin", "sync_batch_norm"]
 
@@ -104,6 +106,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 class StepConv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` that runs as in :func:`conv_bn_relu`: of :class:`ConvBNReLU` and ``fuse``."""
 
+    recompute = False  # whether an input that comes from a fused batch norm is computed again in backward
+
     def _get_name(self) -> str:
         return "Conv2d"
 
@@ -113,10 +117,11 @@ class StepConv2d(nn.Conv2d):
         return is_plain_3x3(*options) and conv.padding_mode == "zeros"
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.weight  # once: it may be parametrised
-        if not self.may_be_ours(self) or input.dim() != 4:
-            return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return]
-        return conv2d_3x3(input, weight, backends.resolve("conv_bn_relu", None, input.device, input.dtype))
+        with recomputed(input) if self.recompute else nullcontext():
+            weight = self.weight  # once: it may be parametrised
+            if not self.may_be_ours(self) or input.dim() != 4:
+                return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return]
+            return conv2d_3x3(input, weight, backends.resolve("conv_bn_relu", None, input.device, input.dtype))
 
 
 class ConvBNReLU(nn.Module):
@@ -125,6 +130,8 @@ class ConvBNReLU(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of ``torch.nn.Conv2d``.
         eps, momentum, affine, track_running_stats: of ``torch.nn.BatchNorm2d``.
+        recompute: of a chain of these modules keep one tensor a step for backward instead of two: an input that a fused
+            batch norm returned is computed again, as in :func:`recomputed`.
     Example:
         >>> ConvBNReLU(3, 8)(torch.randn(2, 3, 4, 4)).shape
         torch.Size([2, 8, 4, 4])
@@ -145,9 +152,11 @@ class ConvBNReLU(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.conv.recompute = recompute
         self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats)
 
     def forward(self, x: Tensor) -> Tensor:

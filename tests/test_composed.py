@@ -229,6 +229,28 @@ def test_skipping_equals_dense():
     assert skipped > 0
 
 
+@pytest.mark.parametrize("pool", ["before", "after", None])
+def test_what_is_kept(pool):
+    """The input, convolution outputs before their batch norm and inner joins; a pool's input "after" the last join."""
+    block = ComposedBlock(3, (8, 4, 2), kernel_mix=0.5, pool=pool)
+    block.init_weights("he")
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t):
+        if t.dim() == 4 and t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    path = full_path(1, 3)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = block(torch.randn(2, 3, 8, 8, requires_grad=True), path.keep[0], path.alone)
+    # Widths are of one, two and four units; joins inside are of the second and the third column, 4 wide.
+    channels = 3 + 8 + 2 * 4 + 4 * 2 + 4 + (8 if pool == "after" else 0)
+    assert sum(t.numel() for t in kept.values()) == 2 * 64 * channels
+    assert out.requires_grad
+
+
 def test_one_value_per_channel_for_a_sample():
     """A sample alone in a unit, at one pixel: no variance, no NaN, statistics stay."""
     block = draw(ComposedBlock(3, (2, 2), pool=None, sets=1))

@@ -40,6 +40,16 @@ class _PlainJoin(torch.autograd.Function):
         return None, None, None, *dys
 
 
+def _operands(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Inputs, mask, means, vars, weights and biases out of the tensors of a :class:`_NormJoin`."""
+    k, affine = ctx.k, ctx.affine
+    mask, *params = saved
+    means, vars = params[-2 * k : -k], params[-k:]
+    if ctx.batch_stats:
+        means, vars = (list(t.unbind()) for t in params[-3:-1])  # type: ignore[union-attr]
+    return params[:k], mask, means, vars, params[k : k + affine], params[k + affine : k + 2 * affine]
+
+
 class _NormJoin(torch.autograd.Function):
     """The join of normalised branches. ``params`` is inputs, then weights and biases (each k, or none), then the
     batch's statistics (mean, var, count), or with fixed ones means and vars (each k).
@@ -49,29 +59,18 @@ class _NormJoin(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:  # *args: as above
-        ctx, k, affine, batch_stats, eps, flags, backend, group, mask, *params = args
-        ys, weights, biases = params[:k], params[k : k + affine], params[k + affine : k + 2 * affine]
-        if batch_stats:
-            means, vars = list(params[-3].unbind()), list(params[-2].unbind())
-        else:
-            means, vars = params[-2 * k : -k], params[-k:]
-        ctx.save_for_backward(mask, *params)
+        ctx, k, affine, batch_stats, eps, flags, backend, group, *tensors = args
+        ctx.save_for_backward(*tensors)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
-        return _OPS.join_forward(ys, mask, means, vars, weights, biases, eps, flags, backend)  # type: ignore[no-any-return]
+        return _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, affine = ctx.k, ctx.affine
-        mask, *saved = ctx.saved_tensors
-        ys, weights, biases = saved[:k], saved[k : k + affine], saved[k + affine : k + 2 * affine]
-        if ctx.batch_stats:
-            mean, var, count = saved[-3:]
-            means, vars = list(mean.unbind()), list(var.unbind())
-        else:
-            means, vars = saved[-2 * k : -k], saved[-k:]
-        head = (grad, ys, mask, means, vars, weights, biases)
+        saved = ctx.saved_tensors
+        head = (grad, *_operands(ctx, saved))
         dws: list[Tensor | None] = [None] * affine
         dbs: list[Tensor | None] = [None] * affine
         sums: list[Tensor] = []
@@ -83,7 +82,7 @@ class _NormJoin(torch.autograd.Function):
             if ctx.batch_stats:
                 if ctx.group:  # of all ranks; gradients of weights stay this rank's, as with any data parallelism
                     dz, dzx = _OPS.sync_sums(torch.stack([dz, dzx]), ctx.group).unbind()
-                sums = [dz, dzx, count]
+                sums = [dz, dzx, saved[-1]]
         dys: list[Tensor | None] = [None] * k
         if any(needs[:k]):
             dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
@@ -91,7 +90,21 @@ class _NormJoin(torch.autograd.Function):
         return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
 
-def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def is_join(node: object) -> bool:
+    """Whether an autograd node is that of a normalised join."""
+    return isinstance(node, _NormJoin._backward_cls)
+
+
+@torch.no_grad()
+def again(node: Any) -> Tensor:
+    """The output of the normalised join that an autograd node stands for, out of what the node saved."""
+    operands = _operands(node, node.saved_tensors)
+    return _OPS.join_forward(*operands, node.eps, node.flags, node.backend)  # type: ignore[no-any-return]
+
+
+def masked_mean_join(
+    inputs: Sequence[Tensor], mask: Tensor | None = None, *, pool: str | None = None, backend: str | None = None
+) -> Tensor:
     r"""The mean of the branches that live, in one pass.
 
     .. math:: out_n = \sum_i m_{i,n}\, y_{i,n} \,/\, \max(\sum_i m_{i,n}, 1)
@@ -100,11 +113,13 @@ def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, ba
         inputs: 1 to 8 branches [N, C, *] of one shape, dtype (float32, float64, float16, bfloat16) and device.
             channels_last, contiguous and channel slices of either are read in place, other strides are copied.
         mask: None (all live), [k] (one draw for the batch) or [k, N] (one per sample); non-zero keeps the branch.
+        pool: None, or a 2x2 max-pool "before" (each branch pooled, then joined) or "after"; [N, C, H, W] only.
         backend: a name of :func:`available_backends`; None chooses.
     Returns:
-        [N, C, *] in the inputs' dtype and layout; 0 in a sample whose branches are all dropped. A dropped branch is
-        never read, so a NaN in it stays there. Sums are float32 (float64 for float64), in a fixed order: repeated
-        calls give the same bits. The backward saves the mask only.
+        [N, C, *] (spatial size halved by a pool, rounded down) in the inputs' dtype and layout; 0 in a sample whose
+        branches are all dropped. A dropped branch is never read, so a NaN in it stays there. Sums are float32 (float64
+        for float64), in a fixed order: repeated calls give the same bits. The backward saves the mask only; with a
+        pool the inputs too, and no indices.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
     Source:
@@ -119,8 +134,11 @@ def masked_mean_join(inputs: Sequence[Tensor], mask: Tensor | None = None, *, ba
     op = "masked_mean_join"
     ys = checks.branches(op, inputs)
     mask = checks.mask(op, mask, ys)
+    flags = checks.join_options(op, "mean", "none", pool, "all")
+    if pool is not None:
+        checks.poolable(op, ys[0])
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
-    return _PlainJoin.apply(0, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
+    return _PlainJoin.apply(flags, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def normalised_join(

@@ -1,5 +1,6 @@
 """The fractal block out of PyTorch's operators, for what the fused one does not compute: other activations, columns of
-different widths, a mix of 1x1 and 3x3 convolutions. Joins are ``fractal_kernels.masked_mean_join``."""
+different widths, a mix of 1x1 and 3x3 convolutions. Joins are ``fractal_kernels.masked_mean_join``; batch norms, where
+the activation is a ReLU and all samples run, are ``bn_relu_join``, whose outputs are not kept for backward."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from fractal_kernels import backends, masked_mean_join
+from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed
 from fractal_kernels.ops.conv import conv2d_3x3
 from fractal_kernels.schedule import Unit, everything, plan
 
@@ -32,6 +34,23 @@ class _WithZeros(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
+class _PooledProjection(torch.autograd.Function):
+    """A 1x1 convolution and a 2x2 max-pool, between which nothing is kept: the thinner input is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return masked_mean_join([F.conv2d(x, weight)], pool="before")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            out = masked_mean_join([F.conv2d(x, weight)], pool="before")
+        return torch.autograd.grad(out, (x, weight), grad)
 
 
 class ComposedBlock(Block):
@@ -163,11 +182,12 @@ class ComposedBlock(Block):
             taken = [torch.zeros_like(t) for t in taken]
         split = [None if v is None else v.split(self.sizes) for v in (self.gamma, self.beta, self.conv_bias, *taken)]
         branches: dict[int, Tensor] = {}
-        out = x
+        out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
             for unit in self.schedule.starts[row]:
                 if unit.id in runs:
-                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id))
+                    pooled = self.pool == "before" and unit.end == len(joins) - 1
+                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), pooled)
             if joined:
                 mask = None
                 if keep.dim() == 3:
@@ -227,35 +247,51 @@ class ComposedBlock(Block):
             count[i].fill_(samples * pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
         return count
 
-    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None) -> Tensor:
+    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, pooled: bool) -> Tensor:
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""
         z = x if samples is None else x.index_select(0, samples)
         z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
-        y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
-        if unit.weight_1x1 is not None:
-            y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
+        with recomputed(z):
+            y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
+            if unit.weight_1x1 is not None:
+                y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
         if unit.conv_bias is not None:
             y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
         if rate := self.rate("conv"):
             y = F.dropout(y, rate, self.training)
-        y = self.act(self._norm(y, unit))
-        if rate := self.rate("activation"):
+        rate = self.rate("activation")
+        if samples is None and self.activation == "relu":
+            at_once = pooled and unit.projection is None and not rate
+            y = self._norm_relu(y, unit, "before" if at_once else None)
+            pooled = pooled and not at_once
+        else:
+            y = self.act(self._norm(y, unit))
+        if rate:
             y = F.dropout(y, rate, self.training)
         if unit.projection is not None:
-            y = F.conv2d(y, unit.projection)
+            with recomputed(y):
+                project = _PooledProjection.apply if pooled else F.conv2d
+                y = project(y, unit.projection.to(y.dtype))
+        elif pooled:
+            y = masked_mean_join([y], pool="before")
         if samples is None:
             return y
         zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
         return zeros.index_copy(0, samples, y)
 
+    def _norm_relu(self, y: Tensor, unit: SimpleNamespace, pool: str | None) -> Tensor:
+        """:meth:`_norm` and a ReLU, and a max-pool, in one pass."""
+        vectors = ([v] for v in (unit.gamma, unit.beta, unit.running_mean, unit.running_var))
+        return bn_relu_join([y], *vectors, None, self.training, 1.0, self.eps, pool=pool)
+
     def _norm(self, y: Tensor, unit: SimpleNamespace) -> Tensor:
         """Batch norm; in training the unit's statistics become the batch's (momentum 1), the variance unbiased."""
         # Not F.batch_norm, which refuses one value per channel: a sample's path may leave a unit no more than that.
         stats = (unit.running_mean, unit.running_var)
+        if self.training:  # it saves them, unread; those of other units beside them in memory are still to be written
+            stats = tuple(t.data for t in stats)
         return torch.batch_norm(y, unit.gamma, unit.beta, *stats, self.training, 1.0, self.eps, True)
 
     def _join(self, branches: list[Tensor], mask: Tensor | None, last: bool) -> Tensor:
-        if last and self.pool == "before":
-            branches = [F.max_pool2d(branch, 2) for branch in branches]
         out = branches[0] if len(branches) == 1 and mask is None else masked_mean_join(branches, mask)
-        return F.max_pool2d(out, 2) if last and self.pool == "after" else out
+        return masked_mean_join([out], pool="after") if last and self.pool == "after" else out
