@@ -229,10 +229,11 @@ def test_skipping_equals_dense():
     assert skipped > 0
 
 
-@pytest.mark.parametrize("pool", ["before", "after", None])
-def test_what_is_kept(pool):
-    """The input, convolution outputs before their batch norm and inner joins; a pool's input "after" the last join."""
-    block = ComposedBlock(3, (8, 4, 2), kernel_mix=0.5, pool=pool)
+@pytest.mark.parametrize("pool, activation", [("before", "relu"), ("after", "relu"), (None, "relu"), (None, "silu")])
+def test_what_is_kept(pool, activation):
+    """The input, convolution outputs before their batch norm and inner joins; a pool's input "after" the last join; and
+    activations that convolutions and projections read, but for ReLUs."""
+    block = ComposedBlock(3, (8, 4, 2), kernel_mix=0.5, pool=pool, activation=activation)
     block.init_weights("he")
     own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
     kept: dict[int, torch.Tensor] = {}
@@ -246,7 +247,7 @@ def test_what_is_kept(pool):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = block(torch.randn(2, 3, 8, 8, requires_grad=True), path.keep[0], path.alone)
     # Widths are of one, two and four units; joins inside are of the second and the third column, 4 wide.
-    channels = 3 + 8 + 2 * 4 + 4 * 2 + 4 + (8 if pool == "after" else 0)
+    channels = 3 + 8 + 2 * 4 + 4 * 2 + 4 + (8 if pool == "after" else 0) + (4 + 4 * 2 if activation == "silu" else 0)
     assert sum(t.numel() for t in kept.values()) == 2 * 64 * channels
     assert out.requires_grad
 

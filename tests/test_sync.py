@@ -39,6 +39,9 @@ def network(kind):
         return Joined().double()
     sample = kind in ("sample", "ranges")
     options = {"granularity": "sample" if sample else "batch", "momentum": 0.3 if kind == "full" else None}
+    options |= {"composed": {"column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5}, "silu": {"activation": "silu"}}.get(
+        kind, {}
+    )
     return fractalnet.FractalNet(7, 3, (4, 6), image_size=8, **options).double()
 
 
@@ -56,7 +59,7 @@ def path_of(kind):
         "full": full_path(2, 3),
         "column": column_path(2, 3, 1),
         "local": sample_path(2, 3, N, local_drop=0.6, global_ratio=0.0, generator=generator),
-    }[kind]
+    }[{"composed": "local", "silu": "full"}.get(kind, kind)]
     return lambda first, last: path
 
 
@@ -89,7 +92,7 @@ def both(rank, folder, kinds):
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
 
 
-KINDS = ("joined", "full", "column", "local", "sample", "ranges")
+KINDS = ("joined", "full", "column", "local", "sample", "ranges", "composed", "silu")
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +130,12 @@ def test_errors():
     net = network("full")
     with pytest.raises(ValueError, match="sync_batch_norm: expected torch.distributed to be initialised"):
         net.sync_batch_norm()
-    composed = fractalnet.FractalNet(7, 2, (4,), image_size=8, activation="silu")
-    with pytest.raises(ValueError, match="sync_batch_norm: expected fused blocks, got block 0: composed"):
+    composed = fractalnet.FractalNet(7, 2, (4,), image_size=8, activation="silu", granularity="sample")
+    expected = "sync_batch_norm: expected fused blocks for paths per sample, got block 0: composed"
+    with pytest.raises(ValueError, match=expected):
         composed.sync_batch_norm()
+    composed.blocks[0].sync_group = "elsewhere"
+    with pytest.raises(ValueError, match="ComposedBlock: expected a path for the batch .*, got one per sample"):
+        composed(torch.randn(2, 3, 8, 8))
     with pytest.raises(TypeError, match="bn_relu: expected group None or a torch.distributed.ProcessGroup, got str"):
         fk.bn_relu(torch.randn(2, 3, 4, 4), None, None, None, None, True, group="world")

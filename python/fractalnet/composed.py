@@ -1,6 +1,6 @@
-"""The fractal block out of PyTorch's operators, for what the fused one does not compute: other activations, columns of
-different widths, a mix of 1x1 and 3x3 convolutions. Joins are ``fractal_kernels.masked_mean_join``; batch norms, where
-the activation is a ReLU and all samples run, are ``bn_relu_join``, whose outputs are not kept for backward."""
+"""The fractal block unit by unit, for what the fused one does not compute: other activations, columns of different
+widths, a mix of 1x1 and 3x3 convolutions. Joins are ``masked_mean_join``, batch norms ``bn_relu_join``, with the ReLU
+if it is one; what they return is not kept for backward."""
 
 from __future__ import annotations
 
@@ -85,6 +85,8 @@ class ComposedBlock(Block):
         >>> block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone).shape
         torch.Size([2, 8, 4, 4])
     """
+
+    sync_group: object = None  # set by fractal_kernels.sync_batch_norm
 
     def __init__(
         self,
@@ -203,7 +205,10 @@ class ComposedBlock(Block):
             with torch.no_grad():
                 if keep.dim() == 2 and dense:
                     live = self._live_samples(keep.unsqueeze(2))
-                count = self._count(x, runs, live, 1 if keep.dim() == 3 else x.shape[0])
+                samples = 1 if keep.dim() == 3 else x.shape[0]
+                if self.sync_group is not None:
+                    samples = 2  # of some rank: this one's part of the batch may be empty
+                count = self._count(x, runs, live, samples)
                 self.track(count, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
@@ -215,7 +220,11 @@ class ComposedBlock(Block):
                 f"ComposedBlock: expected x of shape [N, {self.in_channels}, H, W], H and W >= 2 for pooling, "
                 f"got {list(x.shape)}"
             )
-        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        if self.training and self.sync_group is not None and keep.dim() == 3:  # ranks would run other units
+            raise ValueError(
+                "ComposedBlock: expected a path for the batch where batch norms are synchronised, got one per sample"
+            )
+        if self.training and self.sync_group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             raise ValueError(
                 f"ComposedBlock: expected more than 1 value per channel when training, got x of shape {list(x.shape)}"
             )
@@ -260,33 +269,35 @@ class ComposedBlock(Block):
         if rate := self.rate("conv"):
             y = F.dropout(y, rate, self.training)
         rate = self.rate("activation")
-        if samples is None and self.activation == "relu":
-            at_once = pooled and unit.projection is None and not rate
-            y = self._norm_relu(y, unit, "before" if at_once else None)
-            pooled = pooled and not at_once
-        else:
-            y = self.act(self._norm(y, unit))
+        relu = self.activation == "relu" and samples is None
+        at_once = relu and pooled and unit.projection is None and not rate
+        y = self._norm(y, unit) if samples is not None else self._fused_norm(y, unit, relu, at_once)
+        if not relu:
+            with recomputed(y):
+                y = self.act(y)
         if rate:
             y = F.dropout(y, rate, self.training)
         if unit.projection is not None:
             with recomputed(y):
                 project = _PooledProjection.apply if pooled else F.conv2d
                 y = project(y, unit.projection.to(y.dtype))
-        elif pooled:
+        elif pooled and not at_once:
             y = masked_mean_join([y], pool="before")
         if samples is None:
             return y
         zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
         return zeros.index_copy(0, samples, y)
 
-    def _norm_relu(self, y: Tensor, unit: SimpleNamespace, pool: str | None) -> Tensor:
-        """:meth:`_norm` and a ReLU, and a max-pool, in one pass."""
+    def _fused_norm(self, y: Tensor, unit: SimpleNamespace, relu: bool, pooled: bool) -> Tensor:
+        """Batch norm, ReLU and max-pool; in training the unit's statistics become the batch's (momentum 1), the
+        variance unbiased."""
         vectors = ([v] for v in (unit.gamma, unit.beta, unit.running_mean, unit.running_var))
-        return bn_relu_join([y], *vectors, None, self.training, 1.0, self.eps, pool=pool)
+        options = {"activation": "branch" if relu else "none", "pool": "before" if pooled else None}
+        return bn_relu_join([y], *vectors, None, self.training, 1.0, self.eps, group=self.sync_group, **options)
 
     def _norm(self, y: Tensor, unit: SimpleNamespace) -> Tensor:
-        """Batch norm; in training the unit's statistics become the batch's (momentum 1), the variance unbiased."""
-        # Not F.batch_norm, which refuses one value per channel: a sample's path may leave a unit no more than that.
+        """The same on some samples: not the fused one nor F.batch_norm, which refuse one value per channel, and a
+        sample's path may leave a unit no more than that."""
         stats = (unit.running_mean, unit.running_var)
         if self.training:  # it saves them, unread; those of other units beside them in memory are still to be written
             stats = tuple(t.data for t in stats)

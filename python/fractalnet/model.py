@@ -218,10 +218,11 @@ class FractalNet(nn.Module, Hub):
         row of a block, forward and backward. See :func:`fractal_kernels.sync_batch_norm`.
 
         Raises:
-            ValueError: torch.distributed is not initialised, or a block is composed: PyTorch's batch norm runs there.
+            ValueError: torch.distributed is not initialised, or a block is composed and paths are per sample: each rank
+                would run other units of it.
         """
-        if any(self._composed):
-            raise ValueError(f"sync_batch_norm: expected fused blocks, got {self.info()}")
+        if any(self._composed) and self.granularity == "sample":
+            raise ValueError(f"sync_batch_norm: expected fused blocks for paths per sample, got {self.info()}")
         sync_batch_norm(self, group)
 
     def get_extra_state(self) -> Tensor:
