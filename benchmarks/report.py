@@ -26,7 +26,7 @@ from benchmarks.gpu_report import ReportError, number
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PYTEST = ("pytest", "-q", "benchmarks", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
 GROUPS = ("join", "step", "memory", "depth", "conv")
 
@@ -171,15 +171,33 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def collected(pytest_arguments: Sequence[str]) -> list[str]:
+    """The benchmarks that these arguments select."""
+    command = [*PYTEST, "benchmarks", *pytest_arguments, "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ReportError(f"{done.stdout}pytest exited with {done.returncode}: no benchmarks found")
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
 def run(output: Path | None, pytest_arguments: Sequence[str]) -> None:
-    """Runs the benchmarks; figures of a partial run (any further argument) are kept where ``output`` says only."""
+    """Runs the benchmarks; figures of a partial run (any further argument) are kept where ``output`` says only.
+
+    Each has a process of its own: a heap that other benchmarks have cut up costs what allocates much, or little, more.
+    """
+    entries = []
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        arguments = [*PYTEST, *pytest_arguments]
-        done = subprocess.run([sys.executable, "-m", *arguments, f"--benchmark-json={raw}"], cwd=ROOT, check=False)
-        if done.returncode:
-            raise ReportError(f"pytest exited with {done.returncode}: no figures kept")
-        result = condense(json.loads(raw.read_text()), shlex.join(["python", "-m", *arguments]))
+        for name in collected(pytest_arguments):
+            raw.unlink(missing_ok=True)
+            done = subprocess.run([*PYTEST, name, f"--benchmark-json={raw}"], cwd=ROOT, check=False)
+            if done.returncode:
+                raise ReportError(f"pytest exited with {done.returncode}: no figures kept")
+            entries += json.loads(raw.read_text())["benchmarks"] if raw.exists() else []
+    result = condense(
+        {"benchmarks": entries}, shlex.join(["python", "-m", "benchmarks.report", "--run", *pytest_arguments])
+    )
+    print(table(result["rows"]))
     if output is None and pytest_arguments:
         print("partial run: nothing kept; --output names a file for it")
         return
@@ -256,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
-        "--run", action="store_true", help="run; further arguments go to pytest, and then only --output keeps"
+        "--run", action="store_true", help="run; further arguments select, as pytest's do, and then only --output keeps"
     )
     action.add_argument("--write", action="store_true", help="write the README's tables, and plots")
     action.add_argument("--check", action="store_true", help="exit 1 when the README's tables are stale")

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, conv3x3
-from ..library import _LIB, empty, to_layout
+from ..library import _LIB, Flags, empty, to_layout
 from .bn_relu import bn_relu
 
-__all__ = ["conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
+__all__ = ["conv2d_1x1_pooled", "conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
 
 _OPS = torch.ops.fractal_kernels
 _ONE, _NONE = [1, 1], [0, 0]
@@ -94,6 +94,37 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     if not ours or torch.is_autocast_enabled(x.device.type):  # not every type of device has an autocast
         return F.conv2d(x, weight, padding=1)
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _PooledConv1x1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        ctx.backend = backend
+        ctx.save_for_backward(x, weight)
+        y = torch.conv2d(x, weight)
+        return _OPS.join_forward([y], None, [], [], [], [], 0.0, Flags.POOL_BEFORE, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        y = torch.conv2d(x, weight)
+        nothing: list[Tensor] = []
+        norm = (nothing,) * 5
+        (dy,) = _OPS.join_backward_apply(grad, [y], None, *norm, 1, 0.0, Flags.POOL_BEFORE, ctx.backend)
+        needs = [*ctx.needs_input_grad[:2], False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, _ONE, _NONE, _ONE, False, _NONE, 1, needs
+        )
+        return dx, dweight, None
+
+
+def conv2d_1x1_pooled(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """A 1x1 convolution and a 2x2 max-pool, between which nothing is kept: x is, which has fewer channels.
+
+    x and weight of one dtype, H and W of 2 or more.
+    """
+    return _PooledConv1x1.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def conv_bn_relu(

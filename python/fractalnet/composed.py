@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed
-from fractal_kernels.ops.conv import conv2d_3x3
+from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
 from fractal_kernels.schedule import Unit, everything, plan
 
 from .fused import ACTIVATIONS, Block, as_conv
@@ -34,23 +33,6 @@ class _WithZeros(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
-
-
-class _PooledProjection(torch.autograd.Function):
-    """A 1x1 convolution and a 2x2 max-pool, between which nothing is kept: the thinner input is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return masked_mean_join([F.conv2d(x, weight)], pool="before")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        with torch.enable_grad():
-            out = masked_mean_join([F.conv2d(x, weight)], pool="before")
-        return torch.autograd.grad(out, (x, weight), grad)
 
 
 class ComposedBlock(Block):
@@ -260,8 +242,9 @@ class ComposedBlock(Block):
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""
         z = x if samples is None else x.index_select(0, samples)
         z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
+        backend = backends.resolve("FractalNet", None, z.device, z.dtype)
         with recomputed(z):
-            y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
+            y = conv2d_3x3(z, weight, backend)
             if unit.weight_1x1 is not None:
                 y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
         if unit.conv_bias is not None:
@@ -279,8 +262,8 @@ class ComposedBlock(Block):
             y = F.dropout(y, rate, self.training)
         if unit.projection is not None:
             with recomputed(y):
-                project = _PooledProjection.apply if pooled else F.conv2d
-                y = project(y, unit.projection.to(y.dtype))
+                weight = unit.projection.to(y.dtype)
+                y = conv2d_1x1_pooled(y, weight, backend) if pooled else F.conv2d(y, weight)
         elif pooled and not at_once:
             y = masked_mean_join([y], pool="before")
         if samples is None:
