@@ -49,7 +49,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     Args:
         model: any module.
         recompute: convolutions that read a fused batch norm compute it again in backward, as in :func:`recomputed`: of
-            a chain of convolution, batch norm and ReLU one tensor a step is kept instead of two.
+            a chain of convolution, batch norm and ReLU one tensor a step is kept instead of two. All convolutions run
+            as in :func:`conv_bn_relu` then.
     Returns:
         A report; printing it lists what was left and why.
     Raises:

@@ -117,8 +117,8 @@ class StepConv2d(nn.Conv2d):
         return is_plain_3x3(*options) and conv.padding_mode == "zeros"
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight  # once: it may be parametrised
         with recomputed(input) if self.recompute else nullcontext():
-            weight = self.weight  # once: it may be parametrised
             if not self.may_be_ours(self) or input.dim() != 4:
                 return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return]
             return conv2d_3x3(input, weight, backends.resolve("conv_bn_relu", None, input.device, input.dtype))

@@ -81,6 +81,7 @@ def machine(monkeypatch):
     """What a round asks of the GPU, its grace, and stages that need one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)  # a build for CUDA looks at the devices
     monkeypatch.setattr(gpu, "rates", lambda: {"copy_gb_per_s": 1000.0, "bf16_tflop_per_s": 100.0})
     monkeypatch.setattr(gpu, "commit", lambda: "0" * 40)
     monkeypatch.setattr(gpu, "GRACE", 1)
@@ -167,6 +168,7 @@ def test_limits(capsys):
 def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)  # a build for CUDA looks at the devices
     monkeypatch.setattr(gpu, "rates", dict)
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600, deaf=True))

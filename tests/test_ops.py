@@ -231,7 +231,7 @@ def test_windows_of_minus_infinity(pool, backend):
 @pytest.mark.parametrize("activation", ["none", "branch"])
 @pytest.mark.parametrize("pool", ["before", "after"])
 def test_windows_with_nan(pool, activation, layout, backend):
-    """A window's gradient goes to its NaN, as in PyTorch: the forward made NaN of it."""
+    """A window's gradient goes to its NaN, as in PyTorch (of several, not to the same one)."""
     y = torch.randn(2, 20, 8, 8)
     for at in range(4):  # every place of a window, in a channel of its own; the other channels hold none
         y[:, at, at // 2 :: 2, at % 2 :: 2] = NAN

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fractal_kernels as fk
+from fractal_kernels.ops.conv import conv2d_1x1_pooled
 
 GPU = True  # these tests run on a GPU's backends too, as those of test_ops.py do
 
@@ -94,16 +95,84 @@ def test_only_some_gradients(backend):
         assert same(gradients(outs[chosen], tensors, retain_graph=True), expected)
 
 
-def test_what_changed_is_told():
+@pytest.mark.parametrize("changed", ["y", "weight"])
+def test_what_changed_is_told(changed):
+    """In what the join saved, and in what the reader did."""
     x, w, *_ = draw()
-    y = F.conv2d(x, w, padding=1)
+    y = F.conv2d(x, w.detach(), padding=1)
     h = fk.bn_relu(y, None, None, None, None, training=True)
     with fk.recomputed(h):
         out = F.conv2d(h, w)
     with torch.no_grad():
-        y.add_(1)
+        (y if changed == "y" else w).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_changed_output_is_kept(inside):
+    """What was changed after the join cannot be computed again by it."""
+    x, w, *_ = draw()
+    grads = []
+    for again in (False, True):
+        h = fk.bn_relu(F.conv2d(x, w, padding=1), None, None, None, None, training=True)
+        if not inside:
+            h.mul_(3)
+        with fk.recomputed(h if again else x):
+            out = F.conv2d(h.mul_(3) if inside else h, w)
+        grads.append(gradients([out], [x, w]))
+    assert same(*grads)
+
+
+def test_joins_in_a_checkpoint_and_readers_outside():
+    """A checkpoint's tensors are there for one use: the output is kept."""
+    torch.manual_seed(0)
+    x, net = torch.randn(2, 16, 8, 8), nn.Sequential(*(fk.ConvBNReLU(16, 16, recompute=True) for _ in range(2)))
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net[1](checkpoint(net[0], x, use_reentrant=False)).square().sum().backward()
+    assert same([p.grad for p in net.parameters()], expected)
+
+
+class Spy:
+    pass
+
+
+def test_no_cycles():
+    """An operator that saves its own output does not hold the graph where no backward follows."""
+    x, w, *_ = draw()
+    h = fk.bn_relu(F.conv2d(x, w, padding=1), None, None, None, None, training=True)
+    h.grad_fn.metadata["spy"] = spy = Spy()
+    with fk.recomputed(h):
+        out = torch.sigmoid(F.conv2d(h, w))
+    there = weakref.ref(spy)
+    del h, out, spy
+    assert there() is None
+
+
+def test_hooks_of_all_kinds():
+    """Where hooks are forbidden it does nothing; one without a module is one like others."""
+    tensors = draw()
+    expected = gradients(network("bn_relu", None, tensors, again=False), tensors)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        outs = network("bn_relu", None, tensors)
+    assert same(gradients(outs, tensors), expected)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, torch.Tensor.clone):
+        outs = network("bn_relu", None, tensors)
+    assert same(gradients(outs, tensors), expected)
+
+
+def test_pooled_projection(backend):
+    """A 1x1 convolution and a max-pool at once, whatever autocast does in backward."""
+    x, _, w, *_ = draw()
+    grads = []
+    for project in (lambda: conv2d_1x1_pooled(x, w, backend), lambda: F.max_pool2d(F.conv2d(x, w), 2)):
+        out = project()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            grads.append([out, *torch.autograd.grad(out.square().sum(), [x, w])])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_of_anything_else_nothing_happens():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -96,22 +97,28 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """In the dtype of its operands, whether or not a backward runs under autocast."""
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return torch.conv2d(x, weight)
+
+
 class _PooledConv1x1(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(x, weight)
-        y = torch.conv2d(x, weight)
+        y = _conv2d(x, weight)
         return _OPS.join_forward([y], None, [], [], [], [], 0.0, Flags.POOL_BEFORE, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        y = torch.conv2d(x, weight)
         nothing: list[Tensor] = []
-        norm = (nothing,) * 5
-        (dy,) = _OPS.join_backward_apply(grad, [y], None, *norm, 1, 0.0, Flags.POOL_BEFORE, ctx.backend)
+        operands = [_conv2d(x, weight)], None, nothing, nothing, nothing, nothing, nothing
+        (dy,) = _OPS.join_backward_apply(grad, *operands, 1, 0.0, Flags.POOL_BEFORE, ctx.backend)
         needs = [*ctx.needs_input_grad[:2], False]
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, _ONE, _NONE, _ONE, False, _NONE, 1, needs

@@ -63,7 +63,9 @@ class _NormJoin(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
-        return _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)  # type: ignore[no-any-return]
+        out: Tensor = _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)
+        ctx.version = None if torch.compiler.is_compiling() or in_checkpoint() else out._version
+        return out
 
     @staticmethod
     @once_differentiable
@@ -90,9 +92,17 @@ class _NormJoin(torch.autograd.Function):
         return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
 
-def is_join(node: object) -> bool:
-    """Whether an autograd node is that of a normalised join."""
-    return isinstance(node, _NormJoin._backward_cls)
+def in_checkpoint() -> bool:
+    """Whether what is saved here is computed again by a checkpoint, and is there for one use."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def can_come_again(t: Tensor) -> bool:
+    """Whether :func:`again` can give this tensor: it is a normalised join's output, as the join left it."""
+    node: Any = t.grad_fn
+    is_join = isinstance(node, _NormJoin._backward_cls)
+    return is_join and node.version == t._version
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .join import again, is_join
+from .join import again, can_come_again, in_checkpoint
 
 __all__ = ["recomputed"]
 
@@ -28,12 +28,11 @@ class _Again:
         return self
 
     def used(self) -> Tensor:
-        if self.value is None:
-            self.value, self.left = again(self.node), self.uses
         value = self.value
+        if value is None:
+            value, self.left = again(self.node), self.uses
         self.left -= 1
-        if self.left == 0:
-            self.value = None
+        self.value = value if self.left > 0 else None
         return value
 
 
@@ -48,10 +47,12 @@ def recomputed(output: Tensor) -> Iterator[None]:
 
     Args:
         output: what :func:`bn_relu`, :func:`bn_relu_join` or :func:`conv_bn_relu` returned (any layout, dtype, device).
-            Of any other tensor, without gradients, in a checkpoint and under ``torch.compile``, which decides this by
-            itself, the block does nothing.
+            Of any other tensor, one that was changed in place, without gradients, in or from a checkpoint and under
+            ``torch.compile``, which decides this by itself, the block does nothing. Not for compiled autograd. Of the
+            operators inside all backwards come before the join's, or keep the graph.
     Raises:
-        TypeError: ``output`` is not a Tensor. RuntimeError, in backward: y was changed in place since.
+        TypeError: ``output`` is not a Tensor. RuntimeError, in backward: y, or what else was saved, was changed in
+            place since.
     Source:
         Pleiss et al. 2017 (arXiv:1707.06990), for DenseNet; Rota Bulo et al. 2018 (arXiv:1712.02616), by inversion.
     Example:
@@ -63,25 +64,37 @@ def recomputed(output: Tensor) -> Iterator[None]:
         >>> out.sum().backward()
     """
     checks.tensor("recomputed", "output", output)
-    compiling = torch.compiler.is_compiling()
-    # Whoever watches what is saved, to offload it say, goes on with all the rest. A checkpoint's tensors are there for
-    # one use, and it keeps none anyway.
-    outer = None if compiling else torch._C._autograd._top_saved_tensors_default_hooks(True)
-    checkpoint = outer is not None and outer[0].__module__ == "torch.utils.checkpoint"
-    if compiling or checkpoint or not is_join(output.grad_fn):
+    if torch.compiler.is_compiling() or not _is_possible(output):
         yield
         return
     stands, there = _Again(output.grad_fn), weakref.ref(output)  # what is saved keeps these functions, too
+    # Whoever watches what is saved, to offload it say, goes on with all the rest.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def pack(t: Tensor) -> Any:
-        if t is there():
+        if t is there() and can_come_again(t):
             return stands.saved()
-        return outer[0](t) if outer else t
+        # Autograd neither compares versions of what hooks packed, nor keeps an operator's own output from holding it.
+        return outer[0](t) if outer else (t.detach(), t._version)
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, _Again):
             return packed.used()
-        return outer[1](packed) if outer else packed
+        if outer:
+            return outer[1](packed)
+        t, version = packed
+        if t._version != version:
+            raise RuntimeError(
+                "recomputed: one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a {t.dtype} of shape {list(t.shape)} is at version {t._version}, expected {version}"
+            )
+        return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def _is_possible(output: Tensor) -> bool:
+    # A checkpoint keeps none of it anyway, and has its tensors for one use; transforms may forbid hooks.
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    return can_come_again(output) and not in_checkpoint() and bool(enabled())

@@ -1,6 +1,6 @@
 """The fractal block unit by unit, for what the fused one does not compute: other activations, columns of different
 widths, a mix of 1x1 and 3x3 convolutions. Joins are ``masked_mean_join``, batch norms ``bn_relu_join``, with the ReLU
-if it is one; what they return is not kept for backward."""
+if it is one; what these return is not kept for backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed
+from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
 from fractal_kernels.schedule import Unit, everything, plan
 
@@ -168,10 +168,11 @@ class ComposedBlock(Block):
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
-            for unit in self.schedule.starts[row]:
-                if unit.id in runs:
-                    pooled = self.pool == "before" and unit.end == len(joins) - 1
-                    branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), pooled)
+            with recomputed(out):
+                for unit in self.schedule.starts[row]:
+                    if unit.id in runs:
+                        pooled = self.pool == "before" and unit.end == len(joins) - 1
+                        branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), pooled)
             if joined:
                 mask = None
                 if keep.dim() == 3:
@@ -187,10 +188,10 @@ class ComposedBlock(Block):
             with torch.no_grad():
                 if keep.dim() == 2 and dense:
                     live = self._live_samples(keep.unsqueeze(2))
-                samples = 1 if keep.dim() == 3 else x.shape[0]
+                own = keep.dim() == 3 or self.sync_group is not None
+                count = self._count(x, runs, live, 1 if own else x.shape[0])
                 if self.sync_group is not None:
-                    samples = 2  # of some rank: this one's part of the batch may be empty
-                count = self._count(x, runs, live, samples)
+                    count = count * sync.add(count.new_full((1,), x.shape[0]), self.sync_group)
                 self.track(count, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
@@ -243,10 +244,9 @@ class ComposedBlock(Block):
         z = x if samples is None else x.index_select(0, samples)
         z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
         backend = backends.resolve("FractalNet", None, z.device, z.dtype)
-        with recomputed(z):
-            y = conv2d_3x3(z, weight, backend)
-            if unit.weight_1x1 is not None:
-                y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
+        y = conv2d_3x3(z, weight, backend)
+        if unit.weight_1x1 is not None:
+            y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
         if unit.conv_bias is not None:
             y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
         if rate := self.rate("conv"):
