@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
+SETTINGS = ("FRACTAL_CPU_ISA", "LD_PRELOAD", "MALLOC_")  # variables of the environment that figures depend on
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
 GROUPS = ("join", "step", "memory", "depth", "conv")
 
@@ -194,9 +195,9 @@ def run(output: Path | None, pytest_arguments: Sequence[str]) -> None:
             if done.returncode:
                 raise ReportError(f"pytest exited with {done.returncode}: no figures kept")
             entries += json.loads(raw.read_text())["benchmarks"] if raw.exists() else []
-    result = condense(
-        {"benchmarks": entries}, shlex.join(["python", "-m", "benchmarks.report", "--run", *pytest_arguments])
-    )
+    settings = [f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(SETTINGS)]
+    command = [*settings, "python", "-m", "benchmarks.report", "--run", *pytest_arguments]
+    result = condense({"benchmarks": entries}, shlex.join(command))
     print(table(result["rows"]))
     if output is None and pytest_arguments:
         print("partial run: nothing kept; --output names a file for it")
