@@ -184,6 +184,9 @@ def test_of_anything_else_nothing_happens():
             with fk.recomputed(other):
                 F.conv2d(other, w)
         assert any(t is other for t in outer)
+    chain = nn.Sequential(*(fk.ConvBNReLU(16, 16, recompute=True) for _ in range(2)))
+    with torch.inference_mode():
+        assert chain(frozen).is_inference()
     with pytest.raises(TypeError, match="recomputed: expected output to be a Tensor, got list"):
         with fk.recomputed([x]):
             pass

@@ -64,7 +64,8 @@ class _NormJoin(torch.autograd.Function):
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
         out: Tensor = _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)
-        ctx.version = None if torch.compiler.is_compiling() or in_checkpoint() else out._version
+        once = torch.compiler.is_compiling() or in_checkpoint() or out.is_inference()
+        ctx.version = None if once else out._version
         return out
 
     @staticmethod
