@@ -184,7 +184,7 @@ def collected(pytest_arguments: Sequence[str]) -> list[str]:
 def run(output: Path | None, pytest_arguments: Sequence[str]) -> None:
     """Runs the benchmarks; figures of a partial run (any further argument) are kept where ``output`` says only.
 
-    Each has a process of its own: a heap that other benchmarks have cut up costs what allocates much, or little, more.
+    Each has a process of its own, so that what the others left of the heap is not measured with it.
     """
     entries = []
     with tempfile.TemporaryDirectory() as folder:

@@ -232,7 +232,7 @@ def test_chains(fused, backend):
 
 
 def test_pools_of_plain_joins(backend):
-    """masked_mean_join pools as max_pool2d does, and keeps no indices."""
+    """masked_mean_join pools as max_pool2d does, and keeps its inputs and the mask: no indices."""
     ys = [torch.randn(2, 5, 6, 7, requires_grad=True) for _ in range(3)]
     mask = torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=torch.bool)
     parts = [torch.where(m.view(2, 1, 1, 1), y, 0) for m, y in zip(mask, ys, strict=True)]
@@ -240,7 +240,10 @@ def test_pools_of_plain_joins(backend):
         ("before", sum(F.max_pool2d(y, 2) for y in parts) / 2),
         ("after", F.max_pool2d(sum(parts) / 2, 2)),
     ):
-        out = fk.masked_mean_join(ys, mask, pool=pool, backend=backend)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t) or t, lambda t: t):
+            out = fk.masked_mean_join(ys, mask, pool=pool, backend=backend)
+        assert sum(t.nbytes for t in kept) == 3 * ys[0].nbytes + mask.nbytes
         torch.testing.assert_close(out, expected)
         gradients_of = partial(torch.autograd.grad, inputs=ys, grad_outputs=torch.randn(out.shape), retain_graph=True)
         for a, b in zip(gradients_of(out), gradients_of(expected), strict=True):

@@ -188,10 +188,11 @@ class ComposedBlock(Block):
             with torch.no_grad():
                 if keep.dim() == 2 and dense:
                     live = self._live_samples(keep.unsqueeze(2))
-                own = keep.dim() == 3 or self.sync_group is not None
-                count = self._count(x, runs, live, 1 if own else x.shape[0])
+                count = self._count(x, runs, live)
                 if self.sync_group is not None:
-                    count = count * sync.add(count.new_full((1,), x.shape[0]), self.sync_group)
+                    count *= sync.add(count.new_full((1,), x.shape[0]), self.sync_group)
+                elif keep.dim() == 2:
+                    count *= x.shape[0]
                 self.track(count, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
@@ -229,14 +230,14 @@ class ComposedBlock(Block):
                     reached[unit.start - 1] |= live[unit.id]
         return live
 
-    def _count(self, x: Tensor, runs: set[int], live: dict[int, Tensor] | None, samples: int) -> Tensor:
-        """Values per unit [U]; ``live`` None: what runs has all of the batch's, else every entry is so many samples."""
+    def _count(self, x: Tensor, runs: set[int], live: dict[int, Tensor] | None) -> Tensor:
+        """Values per unit [U], of the samples for which it is live; ``live`` None: of one sample, if it runs."""
         pixels = x.shape[2] * x.shape[3]
         if live is not None:
-            return torch.stack([live[u.id].sum() for u in self.schedule.units]).to(x.device) * (samples * pixels)
+            return torch.stack([live[u.id].sum() for u in self.schedule.units]).to(x.device) * pixels
         count = torch.zeros(len(self.sizes), dtype=torch.int64, device=x.device)
         for i in runs:
-            count[i].fill_(samples * pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
+            count[i].fill_(pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
         return count
 
     def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, pooled: bool) -> Tensor:

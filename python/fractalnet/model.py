@@ -215,7 +215,8 @@ class FractalNet(nn.Module, Hub):
 
     def sync_batch_norm(self, group: dist.ProcessGroup | None = None) -> None:
         """Batch statistics over all ranks of a process group (None: the default one) in training: one collective per
-        row of a block, forward and backward. See :func:`fractal_kernels.sync_batch_norm`.
+        row of a block (of a composed one per convolution), forward and backward. See
+        :func:`fractal_kernels.sync_batch_norm`.
 
         Raises:
             ValueError: torch.distributed is not initialised, or a block is composed and paths are per sample: each rank
