@@ -101,6 +101,22 @@ def test_compiled_composed_network():
     torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
 
 
+@pytest.mark.parametrize("options", [{}, COMPOSED], ids=["fused", "composed"])
+def test_channels_last_by_to(options):
+    """A habit with vision models: weights, which are in that format as convolutions see them, and gradients stay."""
+    net = FractalNet(5, 3, (8, 12), image_size=8, **options)
+    net(torch.randn(4, 3, 8, 8)).sum().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in net.parameters()]
+    assert net.to(memory_format=torch.channels_last) is net
+    for p, (value, grad) in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, value) and torch.equal(p.grad, grad)
+    for p in net.blocks.parameters():
+        assert p.is_contiguous() and p.grad.is_contiguous()
+    net.zero_grad()
+    net(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(p.grad.is_contiguous() for p in net.blocks.parameters())
+
+
 def test_info():
     net = FractalNet(5, 2, (4, 8), image_size=8, activation="silu", column_widths=(1, 0.5), kernel_mix=0.5)
     lines = net.info().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -53,6 +54,17 @@ class Block(nn.Module):
         self.columns, self.in_channels, self.out_channels = columns, in_channels, out_channels
         self.activation, self.dropout, self.dropout_place = activation, dropout, dropout_place
         self.pool, self.momentum, self.eps = pool, momentum, eps
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        """``to(memory_format=torch.channels_last)`` moves the elements of every 4-dim parameter. These are in that
+        format as they are, seen as convolution weights; moved, they and their gradients would be copied in every step.
+        """
+        super()._apply(fn, recurse)
+        for p in self.parameters():
+            for holder in (p, p.grad):
+                if holder is not None and not holder.is_contiguous():
+                    holder.data = holder.data.contiguous()
+        return self
 
     def rate(self, place: str) -> float:
         """The dropout rate at this place: 0 unless it is the block's."""
