@@ -92,6 +92,21 @@ def test_strides_of_2_31_elements(strides):
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(SIMULATED and os.environ.get("FRACTAL_CUDA") != "all", reason="half a minute: for make cuda-check")
+def test_more_channels_than_a_grid_has_rows(gpu_backend):
+    """Blocks take several groups of channels: sums begin anew, and shared memory is free before it is written again."""
+    if SIMULATED and gpu_backend != "cuda":
+        pytest.skip("the interpreter's blocks take minutes")
+    y, grad, results = torch.randn(2, 65_535 + 465, 1, 3), torch.randn(2, 65_535 + 465, 1, 3), []
+    for backend in ("reference", gpu_backend):
+        leaf = y.clone().requires_grad_()
+        out = bn_relu_join([leaf], None, None, None, None, training=True, backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaf, grad)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     # Optimising takes the compiler longer than it could save these short runs.
