@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .library import Flags, accumulate_dtype, to_layout
+from .ops.once import once_differentiable
 from .schedule import schedule
 
 __all__ = ["BlockOutput", "fractal_block"]
@@ -219,7 +219,7 @@ def fractal_block(
     if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1 and not synchronised:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x of shape {list(x.shape)}")
     backend = backends.resolve(op, backend, x.device, x.dtype)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if checks.is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dtype = accumulate_dtype(x.dtype)
     vectors = [None if t is None else t.to(dtype).contiguous() for t in (gamma, beta, mean, var)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype] = DT
     return value
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where ``x`` is; on "meta" there is none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def branches(op: str, inputs: object) -> list[Tensor]:
     """k tensors [N, C, *] of one shape and device. Mixed dtypes are promoted under autocast only."""
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
@@ -36,7 +43,7 @@ def branches(op: str, inputs: object) -> list[Tensor]:
         if y.device != ys[0].device:
             raise ValueError(f"{op}: expected inputs[{i}] on {ys[0].device}, got {y.device}")
     if any(y.dtype != ys[0].dtype for y in ys):
-        if not torch.is_autocast_enabled(ys[0].device.type):
+        if not is_autocast(ys[0]):
             got = [str(y.dtype).removeprefix("torch.") for y in ys]
             raise TypeError(f"{op}: expected inputs of one dtype, got {', '.join(got)}")
         dtype = ys[0].dtype
@@ -57,6 +64,8 @@ def mask(op: str, value: object, ys: list[Tensor]) -> Tensor | None:
         raise ValueError(f"{op}: expected mask of shape [k]=[{k}] or [k, N]=[{k}, {n}], got {list(m.shape)}")
     if m.device != ys[0].device:
         raise ValueError(f"{op}: expected mask on {ys[0].device}, got {m.device}")
+    if m.requires_grad:
+        raise ValueError(f"{op}: expected mask without gradients: it keeps a branch or not, got one that requires them")
     return (m if m.dtype == torch.bool else m != 0).contiguous()
 
 
@@ -116,6 +125,11 @@ def eps(op: str, value: object) -> float:
     if not value >= 0:
         raise ValueError(f"{op}: expected eps >= 0, got {value}")
     return float(value)
+
+
+def probability(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ValueError(f"{op}: expected {name} in [0, 1], got {value!r}")
 
 
 def momentum(op: str, value: object, ys: list[Tensor]) -> None:

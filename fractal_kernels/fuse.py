@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch.fx
 from torch import nn
@@ -25,26 +30,36 @@ class FuseReport(NamedTuple):
 
 
 class _Tracer(torch.fx.Tracer):
-    """Follows containers down to the modules that are looked for."""
+    """Follows containers down to the modules that are looked for, and past this package's functions."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math, sys.modules[__package__]))  # type: ignore[arg-type]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
         return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks see, and may change, its output or gradients."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _is_relu(module: nn.Module | None) -> bool:
     """A ReLU that does nothing else: no subclass, no hooks."""
-    return type(module) is nn.ReLU and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) is nn.ReLU and not _is_watched(module) and not module._forward_pre_hooks
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
-    The ReLU becomes an ``Identity``; parameters, buffers, hooks and ``state_dict`` keys stay as they are. A ReLU that
-    is also applied to something else stays, and its batch norm with it. A model that cannot be traced symbolically is
-    searched for ``Sequential`` containers instead. A convolution before such a batch norm runs as in
-    :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model and its input are in
-    channels_last.
+    The ReLU becomes an ``Identity``; parameters, buffers and ``state_dict`` keys stay as they are. A ReLU that is also
+    applied to something else stays, and its batch norm with it; so does a batch norm with hooks on its output or
+    gradients. ``forward`` is traced symbolically, in training and in evaluation, with all arguments and with none but
+    the required ones; of what else it does depending on its arguments, nothing is known. A model that cannot be traced
+    is searched for ``Sequential`` containers instead, of which it must use each as a whole. A convolution before such a
+    batch norm runs as in :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model
+    and its input are in channels_last.
 
     Args:
         model: any module.
@@ -64,10 +79,11 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     try:
-        pairs = _pairs_of_both_modes(model, modules)
+        pairs = _pairs_of_all_calls(model, modules)
     except Exception as error:  # a forward that cannot be traced raises anything
         pairs = _sequential_pairs(modules)
-        reason = f"not traceable ({type(error).__name__}): only its Sequential containers were searched"
+        searched = "only its Sequential containers were searched, as if each ran as a whole"
+        reason = f"not traceable ({type(error).__name__}): {searched}"
         skipped = [("model", reason)]
     else:
         skipped = []
@@ -95,23 +111,53 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     return FuseReport(fused, skipped)
 
 
-def _pairs_of_both_modes(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
-    """:func:`_traced_pairs`, but for what training and evaluation do not do alike."""
-    before = {module: module.training for module in model.modules()}
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """A trace runs ``forward``: modes, attributes, buffers and random numbers are put back."""
+    modules = list(model.modules())
+    attributes = [(vars(m), dict(vars(m))) for m in modules]
+    registers = [(held, dict(held)) for m in modules for held in (m._buffers, m._modules)]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        training, evaluation = (_traced_pairs(model.train(mode), modules) for mode in (True, False))
+        with torch.random.fork_rng(devices):
+            yield
     finally:
-        for module, mode in before.items():
-            module.training = mode
-    other = "it is used in another way in training than in evaluation"
-    shared = [pair if pair in evaluation else (*pair[:3], other) for pair in training]
-    names = {bn for _, bn, _, _ in training}
-    return shared + [(conv, bn, relu, other) for conv, bn, relu, _ in evaluation if bn not in names]
+        for held, before in (*attributes, *registers):
+            held.clear()
+            held.update(before)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
-def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
-    """(what comes before, batch norm, ReLU, why not) for every batch norm of the traced model."""
-    graph = _Tracer().trace(model)
+def _pairs_of_all_calls(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
+    """:func:`_traced_pairs`, but for what training and evaluation, or calls with and without options, do not do alike.
+
+    What a call without options refuses is known only with them.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    found: list[list[tuple[str, str, str, str]]] = []
+    with _as_it_was(model):
+        for mode in (True, False):
+            for module in modules.values():
+                module.training = mode  # not train(), which may do anything
+            found.append(_traced_pairs(model, modules))
+            if defaults:
+                with suppress(Exception):
+                    found.append(_traced_pairs(model, modules, defaults))
+    other = "it is used in another way in training than in evaluation, or without optional arguments"
+    every = {pair[1]: pair for pairs in reversed(found) for pair in pairs}
+    return [pair if all(pair in pairs for pairs in found) else (*pair[:3], other) for pair in every.values()]
+
+
+def _traced_pairs(
+    model: nn.Module, modules: dict[str, nn.Module], arguments: dict[str, Any] | None = None
+) -> list[tuple[str, str, str, str]]:
+    """(what comes before, batch norm, ReLU, why not) for every batch norm of the model, traced with these arguments."""
+    graph = _Tracer().trace(model, arguments)
     calls: dict[str, list[torch.fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -131,6 +177,8 @@ def _traced_pairs(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple
             problems[name] = f"it is a {type(modules[name]).__name__}, not a torch.nn.BatchNorm2d"
         elif len(nodes) > 1:
             problems[name] = "it is called more than once"
+        elif _is_watched(modules[name]):
+            problems[name] = "it has hooks, which would see what the ReLU made of its output"
         elif len(users) != 1 or not _is_relu(module_of(users[0])):
             problems[name] = "its only use is not a torch.nn.ReLU module (without hooks)"
     fusable = {name for name in relu_of if name not in problems}
@@ -155,5 +203,7 @@ def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str
                 held = [child for parent in modules.values() for child in parent._modules.values()]
                 shared = any(sum(m is child for child in held) > 1 for m in (first, second))
                 problem = "it or its ReLU module is used elsewhere too" if shared else ""
+                if _is_watched(first):
+                    problem = "it has hooks, which would see what the ReLU made of its output"
                 pairs.append((prefix + before, prefix + a, prefix + b, problem))
     return pairs

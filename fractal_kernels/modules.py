@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,7 @@ class DropPathJoin(nn.Module):
 
     def __init__(self, p: float, granularity: str = "batch") -> None:
         super().__init__()
-        if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-            raise ValueError(f"DropPathJoin: expected p in [0, 1], got {p!r}")
+        checks.probability("DropPathJoin", "p", p)
         if granularity not in ("batch", "sample"):
             raise ValueError(f"DropPathJoin: expected granularity 'batch' or 'sample', got {granularity!r}")
         self.p = p
@@ -129,7 +129,7 @@ class ConvBNReLU(nn.Module):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of ``torch.nn.Conv2d``.
-        eps, momentum, affine, track_running_stats: of ``torch.nn.BatchNorm2d``.
+        eps, momentum, affine, track_running_stats, device, dtype: of ``torch.nn.BatchNorm2d``.
         recompute: of a chain of these modules keep one tensor a step for backward instead of two: an input that a fused
             batch norm returned is computed again, as in :func:`recomputed`.
     Example:
@@ -153,11 +153,14 @@ class ConvBNReLU(nn.Module):
         affine: bool = True,
         track_running_stats: bool = True,
         recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
         self.conv.recompute = recompute
-        self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats)
+        self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats, **made)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))  # type: ignore[no-any-return]
@@ -169,7 +172,7 @@ class BNReLUJoin(nn.Module):
     Args:
         num_branches: k. num_features: C.
         reduction, activation, pool, stats: as in :func:`bn_relu_join`.
-        eps, momentum, affine, track_running_stats: of ``torch.nn.BatchNorm2d``.
+        eps, momentum, affine, track_running_stats, device, dtype: of ``torch.nn.BatchNorm2d``.
     Example:
         >>> BNReLUJoin(2, 3)([torch.randn(2, 3, 4, 4)] * 2).shape
         torch.Size([2, 3, 4, 4])
@@ -190,13 +193,16 @@ class BNReLUJoin(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_branches, int) or not 1 <= num_branches <= MAX_BRANCHES:
             raise ValueError(f"BNReLUJoin: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
         checks.join_options("BNReLUJoin", reduction, activation, pool, stats)
         self.bns = nn.ModuleList(
-            nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats) for _ in range(num_branches)
+            nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+            for _ in range(num_branches)
         )
         self.reduction, self.activation, self.pool, self.stats = reduction, activation, pool, stats
 
@@ -252,13 +258,15 @@ def sync_batch_norm(module: nn.Module, group: object = None) -> int:
     Returns:
         How many modules were changed.
     Raises:
-        ValueError: torch.distributed is not initialised. TypeError: ``group`` is not a process group.
+        ValueError: torch.distributed is not initialised. TypeError: ``module`` or ``group`` is not one.
     Source:
         Zhang et al. 2018 (arXiv:1803.08904), section 3.2; the merge of Chan et al. 1983.
     Example:
         >>> sync_batch_norm(ConvBNReLU(3, 8), group)  # doctest: +SKIP
         1
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"sync_batch_norm: expected module to be a torch.nn.Module, got {type(module).__name__}")
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sync_batch_norm: expected torch.distributed to be initialised, it is not")
     group = dist.group.WORLD if group is None else group

@@ -113,8 +113,8 @@ def update_running(running: List, mean: Tensor, var: Tensor, count: Tensor, mome
     unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
     factors = ((count > 0).to(count.dtype) * momentum).unbind()
     batch = zip((*mean.unbind(), *unbiased.unbind()), (*factors, *factors), running, strict=True)
-    news, shares = zip(*((new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch), strict=True)
-    torch._foreach_lerp_(running, news, shares)
+    pairs = [(new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch]
+    torch._foreach_lerp_(running, [new for new, _ in pairs], [share for _, share in pairs])
 
 
 def join_forward(

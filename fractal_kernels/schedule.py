@@ -89,7 +89,7 @@ def plan(columns: int, keep: tuple[bool, ...]) -> Plan:
             continue
         joins[row] = tuple(u for u in s.ends[row] if keep[row * columns + u.column])
         if not joins[row]:
-            raise ValueError(f"plan: expected the path to keep a branch of the join of row {row}, got none")
+            raise ValueError(f"fractal_block: expected the path to keep a branch of the join of row {row}, got none")
         for unit in joins[row]:
             live[unit.start].append(unit)
             if unit.start > 0:

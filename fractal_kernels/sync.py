@@ -6,16 +6,11 @@ A rank whose batch is empty takes part with a count of 0.
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .library import _LIB
-
-# Weak: a group that is destroyed must not live on here until the interpreter ends, and its threads with it.
-_GROUPS: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
 
 
 class Name(str):
@@ -30,19 +25,16 @@ def name_of(op: str, group: object) -> str:
         return group
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: expected group None or a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    name = str(group.group_name)
-    _GROUPS[name] = group
-    return Name(name)
+    return Name(group.group_name)
 
 
 def _gathered(t: Tensor, group: str) -> Tensor:
     """[ranks, *shape]."""
-    ranks = _GROUPS.get(group)
-    if ranks is None:  # a module that came from another process
-        world = dist.group.WORLD if dist.is_initialized() else None
-        if world is None or world.group_name != group:
-            raise RuntimeError(f"sync_batch_norm: expected the process group {group!r} to be there; call it again here")
-        ranks = _GROUPS[group] = world
+    try:
+        ranks = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    except RuntimeError as error:  # of a module that came from another process
+        message = f"sync_batch_norm: expected the process group {group!r} to be there; call it again here"
+        raise RuntimeError(message) from error
     parts = [torch.empty_like(t) for _ in range(ranks.size())]
     dist.all_gather(parts, t, group=ranks)
     return torch.stack(parts)

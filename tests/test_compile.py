@@ -172,6 +172,32 @@ def test_a_changing_batch_compiles_once(case, layout):
         assert counter.frame_count == graphs, f"compiled again for a batch of {n}"
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_smaller_last_batch_of_drop_path_per_sample(compiler):
+    """The size of the mask is one that the compiler does not know."""
+    module = DropPathJoin(0.5, "sample")
+    compiled = torch.compile(module, backend=compiler, fullgraph=True)
+    for n in (8, 8, 5, 3):
+        out = compiled([torch.full((n, 2, 2, 2), 1.0), torch.full((n, 2, 2, 2), 3.0)])
+        assert out.shape == (n, 2, 2, 2) and set(out.unique().tolist()) <= {1.0, 2.0, 3.0}
+
+
+@pytest.mark.parametrize("where", ["input", "affine"])
+def test_one_tensor_twice(where):
+    def function(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        ys = [a, a, b] if where == "input" else [a, b, a + b]
+        return bn_relu_join(ys, [w, w, w], None, None, None, training=True) + masked_mean_join(ys)
+
+    leaves = [torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.rand(3)]
+    results = []
+    for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        mine = [t.clone().requires_grad_() for t in leaves]
+        out = f(*mine)
+        results.append([out, *torch.autograd.grad(out.square().sum(), mine)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_changing_image_compiles_once():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(masked_mean_join, backend=counter, fullgraph=True, dynamic=True)

@@ -1,4 +1,4 @@
-"""The modules against their eager compositions, drop-path masks, and fuse()."""
+"""The modules against their eager compositions, and drop-path masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fractal_kernels import (
     DropPathJoin,
     MeanJoin,
     drop_path_mask,
-    fuse,
     use_backend,
 )
 
@@ -136,206 +135,6 @@ def test_drop_path_join(granularity, backend):
 # --- fuse --------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """A residual block whose second ReLU acts on the sum; ``shared``: one ReLU module for both, as torchvision has."""
-
-    def __init__(self, channels: int, shared: bool) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu2 = self.relu1 if shared else nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(out)) + x)
-
-
-class ResNet(nn.Module):
-    def __init__(self, shared: bool) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-        self.blocks = nn.Sequential(Block(6, shared), Block(6, shared))
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-class TwoNorms(nn.Module):
-    """Two batch norms and what follows them; ``function`` is the forward."""
-
-    def __init__(self, second: nn.Module, function) -> None:
-        super().__init__()
-        self.bn1, self.bn2, self.relu, self.function = nn.BatchNorm2d(3), second, nn.ReLU(), function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-class Subclass(nn.BatchNorm2d):
-    pass
-
-
-def check_fuse(model: nn.Module, fused: list[str], skipped: dict[str, str], channels: int = 3) -> nn.Module:
-    """What the report says, and that no result and no key changed."""
-    model = model.double()
-    eager, keys = copy.deepcopy(model), list(model.state_dict())
-    report = fuse(model)
-    assert sorted(report.fused) == sorted(fused)
-    left = dict(report.skipped)
-    assert set(left) == set(skipped)
-    for name, reason in skipped.items():
-        assert reason in left[name] and f"left {name}: " in str(report)
-    assert f"fused {len(fused)} batch norms" in str(report)
-    assert list(model.state_dict()) == keys
-    modules = dict(model.named_modules())
-    assert all(type(modules[name]) is BatchNormReLU2d for name in fused)
-    assert_same(model, eager, torch.randn(4, channels, 6, 6, dtype=torch.float64))
-    assert fuse(model).fused == []  # a second time finds nothing
-    return model
-
-
-def test_fuse_sequential(backend):
-    with use_backend(backend):
-        layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
-        model = check_fuse(nn.Sequential(*layers, nn.ReLU(), nn.Flatten()), ["1", "4"], {})
-        assert type(model[2]) is nn.Identity
-
-
-def test_fuse_resnet():
-    check_fuse(
-        ResNet(shared=False),
-        ["stem.1", "blocks.0.bn1", "blocks.1.bn1"],
-        {f"blocks.{i}.bn2": "its only use is not a torch.nn.ReLU module" for i in range(2)},
-    )
-
-
-def test_fuse_shared_relu():
-    skipped = {f"blocks.{i}.bn1": "its ReLU module is used elsewhere too" for i in range(2)}
-    skipped |= {f"blocks.{i}.bn2": "its only use is not a torch.nn.ReLU module" for i in range(2)}
-    check_fuse(ResNet(shared=True), ["stem.1"], skipped)
-
-
-def test_fuse_relu_shared_by_two_batch_norms():
-    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn2(m.relu(m.bn1(x)))))
-    check_fuse(model, ["bn1", "bn2"], {})
-
-
-def test_fuse_relu_shared_with_a_subclass():
-    """The subclass is left, so it still needs the ReLU: its other user cannot be fused either."""
-    model = TwoNorms(Subclass(3), lambda m, x: m.relu(m.bn2(m.relu(m.bn1(x)))))
-    check_fuse(model, [], {"bn1": "its ReLU module is used elsewhere too", "bn2": "Subclass"})
-
-
-def test_fuse_relu_shared_with_a_batch_norm_of_two_calls():
-    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn1(x)) + m.relu(m.bn2(x)) + m.bn2(-x))
-    check_fuse(model, [], {"bn1": "its ReLU module is used elsewhere too", "bn2": "called more than once"})
-
-
-def test_fuse_batch_norm_used_twice():
-    model = TwoNorms(nn.BatchNorm2d(3), lambda m, x: m.relu(m.bn1(x)) + m.bn2(m.bn1(2 * x)))
-    check_fuse(model, [], {"bn1": "called more than once", "bn2": "its only use is not"})
-
-
-def test_fuse_value_used_twice():
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        y = m.bn1(x)
-        return m.relu(y) - y + torch.relu(m.bn2(x))
-
-    check_fuse(TwoNorms(nn.BatchNorm2d(3), forward), [], {"bn1": "its only use is not", "bn2": "its only use is not"})
-
-
-def test_fuse_output_is_the_batch_norm():
-    check_fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), [], {"1": "its only use is not"})
-
-
-class Untraceable(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if float(x.sum()) < 1e9 else x
-
-
-def test_fuse_untraceable():
-    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    check_fuse(Untraceable(body), ["body.1"], {"model": "not traceable"})
-
-
-def test_fuse_untraceable_with_a_repeated_module():
-    """The convolution that comes again stands between the batch norm and the ReLU."""
-    conv = nn.Conv2d(3, 3, 1)
-    model = Untraceable(nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.ReLU())).double()
-    eager = copy.deepcopy(model)
-    fuse(model)
-    assert_same(model, eager, torch.randn(4, 3, 6, 6, dtype=torch.float64))
-
-
-def test_fuse_keeps_mode_hooks_and_parameters():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
-    weight, calls = model[1].weight, []
-    model[1].register_forward_hook(lambda *_: calls.append(1))
-    fuse(model)
-    model(torch.randn(2, 3, 6, 6))
-    assert model[1].weight is weight and not model[1].training and calls == [1]
-
-
-class Modes(nn.Module):
-    """A ReLU that training uses in another way than evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn(x))
-        return y + self.relu(-x) if self.training else y
-
-
-class Doubled(nn.ReLU):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self[1](x) + super().forward(x)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_fuse_changes_no_result(training):
-    """What only one mode does, a ReLU's subclass, its hooks, a Sequential with a forward of its own."""
-    hooked = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    hooked[1].register_forward_hook(lambda module, inputs, output: output + 1)
-    untraced = Untraceable(Residual(nn.BatchNorm2d(3), nn.ReLU()))
-    models = [Modes(), nn.Sequential(nn.BatchNorm2d(3), Doubled()), hooked, untraced]
-    for model in models:
-        model.train(training).double()
-        eager, x = copy.deepcopy(model), torch.randn(4, 3, 6, 6, dtype=torch.float64)
-        assert fuse(model).fused == [] and model.training == training
-        for mode in (True, False):
-            assert torch.equal(model.train(mode)(x), eager.train(mode)(x))
-
-
-def test_fuse_beside_joins():
-    """A model with joins of this package in it is traced."""
-
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.join, self.drop = MeanJoin(), DropPathJoin(0.5)
-            self.norms, self.bn, self.relu = BNReLUJoin(2, 3), nn.BatchNorm2d(3), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.bn(self.norms([self.join([x, x]), self.drop([x, -x])])))
-
-    assert fuse(Branches()).fused == ["bn"]
-
-
 def test_untracked_statistics_after_the_fact():
     """track_running_stats set to False keeps the statistics in training and uses them in evaluation, as in PyTorch."""
     ours, theirs, x = BatchNormReLU2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), 3 + torch.randn(4, 3, 5, 5)
@@ -359,6 +158,13 @@ def test_frozen_batch_norms_of_a_join():
         module(None)
     with pytest.raises(TypeError, match="DropPathJoin: expected inputs.0. to be a Tensor, got NoneType"):
         DropPathJoin(0.1)([None])
+
+
+def test_device_and_dtype():
+    made = {"device": "meta", "dtype": torch.float64}
+    for module in (ConvBNReLU(3, 4, **made), BNReLUJoin(2, 4, **made), BatchNormReLU2d(4, **made)):
+        for t in (*module.parameters(), *module.buffers()):
+            assert t.is_meta and t.dtype in (torch.float64, torch.int64)
 
 
 def test_a_convolution_on_another_device():

@@ -6,6 +6,7 @@ import pickle
 import fractalnet
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import two_ranks
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
@@ -126,7 +127,44 @@ def test_without_synchronisation_ranks_differ(tmp_path):
     assert not torch.allclose(whole["blocks.0.running_mean"], half["blocks.0.running_mean"], rtol=1e-3)
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_compiled(one_rank, which):
+    """In one graph, and by whatever group: the modules keep its name, functions take the group."""
+    group = None if which == "all" else dist.new_group([0])
+    net = Joined()
+    alone = copy.deepcopy(net)
+    assert fk.sync_batch_norm(net, group) == 2
+    x, mask = torch.randn(4, 3, 6, 6), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]).bool()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x, mask), alone(x, mask))
+    for buffer, expected in zip(net.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+    group = dist.group.WORLD if group is None else group
+    function = torch.compile(
+        lambda x: fk.bn_relu(x, None, None, None, None, True, group=group), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(function(x), fk.bn_relu(x, None, None, None, None, True))
+
+
+def test_a_group_that_is_gone(one_rank):
+    net = fk.BatchNormReLU2d(3)
+    fk.sync_batch_norm(net)
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="sync_batch_norm: expected the process group .* to be there; call it again"):
+        net(torch.randn(2, 3, 4, 4))
+
+
 def test_errors():
+    with pytest.raises(TypeError, match="sync_batch_norm: expected module to be a torch.nn.Module, got int"):
+        fk.sync_batch_norm(3)
     net = network("full")
     with pytest.raises(ValueError, match="sync_batch_norm: expected torch.distributed to be initialised"):
         net.sync_batch_norm()

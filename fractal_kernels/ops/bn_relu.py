@@ -43,10 +43,26 @@ def bn_relu(
         >>> bool((bn_relu(torch.randn(4, 3, 8, 8), None, None, None, None, training=True) >= 0).all())
         True
     """
-    op = "bn_relu"
-    y = checks.tensor(op, "x", x)
+    y = checks.tensor("bn_relu", "x", x)
     if y.dim() < 2:
-        raise ValueError(f"{op}: expected x of shape [N, C, *], got {list(y.shape)}")
+        raise ValueError(f"bn_relu: expected x of shape [N, C, *], got {list(y.shape)}")
+    return normalised("bn_relu", y, weight, bias, running_mean, running_var, training, momentum, eps, group, backend)
+
+
+def normalised(
+    op: str,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    group: object,
+    backend: str | None,
+) -> Tensor:
+    """:func:`bn_relu` of a public function ``op``, which has checked ``y``."""
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     w, b, rm, rv = (None if t is None else checks.channel_vector(op, name, t, y) for name, t in named.items())
     if (rm is None) != (rv is None):

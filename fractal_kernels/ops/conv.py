@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, conv3x3
 from ..library import _LIB, Flags, empty, to_layout
-from .bn_relu import bn_relu
+from .bn_relu import normalised
+from .once import once_differentiable
 
 __all__ = ["conv2d_1x1_pooled", "conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
 
@@ -92,15 +92,14 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
         raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
     valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
     ours = valid and 0 not in x.shape[2:] and conv3x3.kernel(x, weight, backend)
-    if not ours or torch.is_autocast_enabled(x.device.type):  # not every type of device has an autocast
+    if not ours or checks.is_autocast(x):
         return F.conv2d(x, weight, padding=1)
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """In the dtype of its operands, whether or not a backward runs under autocast."""
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+    with torch.autocast(x.device.type, enabled=False) if checks.is_autocast(x) else nullcontext():
         return torch.conv2d(x, weight)
 
 
@@ -194,7 +193,7 @@ def conv_bn_relu(
     for name, t in (("conv_weight", w), ("conv_bias", conv_bias)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device}, got {t.device}")
-        if t is not None and t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t is not None and t.dtype != x.dtype and not checks.is_autocast(x):
             raise TypeError(f"{op}: expected {name} of x's dtype {x.dtype}, got {t.dtype}")
     stride, dilation = checks.pair(op, "stride", stride, 1), checks.pair(op, "dilation", dilation, 1)
     if isinstance(padding, str):
@@ -212,4 +211,4 @@ def conv_bn_relu(
         y = conv2d_3x3(x, w, backends.resolve(op, backend, x.device, x.dtype))
     else:
         y = F.conv2d(x, w, conv_bias, stride, padding, dilation, groups)
-    return bn_relu(y, weight, bias, running_mean, running_var, training, momentum, eps, group=group, backend=backend)
+    return normalised(op, y, weight, bias, running_mean, running_var, training, momentum, eps, group, backend)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, checks, sync
 from ..library import Flags, accumulate_dtype
 from ..reference import update_running
+from .once import once_differentiable
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
 
@@ -30,7 +31,7 @@ class _PlainJoin(torch.autograd.Function):
         return _OPS.join_forward(ys, mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable  # linear: a constant gradient's is constant
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *ys = ctx.saved_tensors
         if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
@@ -149,7 +150,17 @@ def masked_mean_join(
     if pool is not None:
         checks.poolable(op, ys[0])
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
-    return _PlainJoin.apply(flags, backend, mask, *ys)  # type: ignore[no-any-return, no-untyped-call]
+    return _PlainJoin.apply(flags, backend, mask, *_distinct(ys))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """Under torch.compile a view of what comes again: it refuses an autograd function that takes a tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen: list[Tensor] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if any(t is s for s in seen) else t)
+    return seen
 
 
 def normalised_join(
@@ -184,13 +195,13 @@ def normalised_join(
         params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w for w in weights]
         params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b for b in biases]
     running = [t for t in (*running_means, *running_vars) if t is not None]
-    if not batch_stats:
-        params += running
+    if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
+        params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]
     if batch_stats:
         params += _statistics(ys, mask, flags, backend, synchronised, running if training else [], momentum)
     options = (k, affine, batch_stats, eps, flags, backend, synchronised)
-    return _NormJoin.apply(*options, mask, *ys, *params)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormJoin.apply(*options, mask, *_distinct([*ys, *params]))  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()
@@ -313,15 +324,16 @@ def drop_path_mask(
         [1, 1, 1, 1]
     """
     op = "drop_path_mask"
-    if not isinstance(num_branches, int) or not 1 <= num_branches <= 8:
+    if not isinstance(num_branches, Integral) or not 1 <= num_branches <= 8:
         raise ValueError(f"{op}: expected num_branches from 1 to 8, got {num_branches!r}")
-    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise ValueError(f"{op}: expected p in [0, 1], got {p!r}")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
+    checks.probability(op, "p", p)
+    if batch_size is not None and (not isinstance(batch_size, (Integral, torch.SymInt)) or batch_size < 0):
         raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: expected generator None or a torch.Generator, got {type(generator).__name__}")
-    draws = torch.rand((2, num_branches, 1 if batch_size is None else batch_size), generator=generator, device=device)
+    shape = (2, num_branches, 1 if batch_size is None else batch_size)
+    # No generator where there is none: with one, a size that torch.compile does not know is refused.
+    draws = torch.rand(shape, device=device, **({} if generator is None else {"generator": generator}))
     keep = draws[0] >= p
     revived = draws[1] == draws[1].amax(0) if draws.numel() else keep
     first = revived & (revived.cumsum(0) == 1)  # ties are as good as impossible, and still revive one

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
 from .join import again, can_come_again, in_checkpoint
 
 __all__ = ["recomputed"]
@@ -63,7 +62,8 @@ def recomputed(output: Tensor) -> Iterator[None]:
         ...     out = conv_bn_relu(h, w, None, None, None, None, training=True)
         >>> out.sum().backward()
     """
-    checks.tensor("recomputed", "output", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"recomputed: expected output to be a Tensor, got {type(output).__name__}")
     if torch.compiler.is_compiling() or not _is_possible(output):
         yield
         return
