@@ -36,16 +36,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_logs import complaints, counts, last_line
 from benchmarks.gpu_plots import plot
 from benchmarks.gpu_report import summary
 from benchmarks.report import RESULTS, ROOT, ReportError, commit, machine, rounded, write_text
-from benchmarks.rounds import OVER
 
 MINUTES = 8.4  # of the whole round, but for the imports before and the plots after it
 LIMITS = {"build": 150, "test": 180, "sanitize": 400, "tune": 300, "kernels": 100, "steps": 120}  # seconds
 ALWAYS = ("build", "test", "kernels", "steps")
 GRACE = 20  # seconds between the last test's end and a stage's limit
-TESTS = [f"tests/test_{name}.py" for name in ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda", "running")]
+FILES = ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda", "running", "recompute")
+TESTS = [f"tests/test_{name}.py" for name in FILES]
+SANITIZED = "(number_of_branches_and_dtypes or (test_vector_loads and channel_slice)) and not triton"
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [
@@ -76,11 +78,6 @@ def start(command: Sequence[str], log: Path, under: Sequence[str] = (), **variab
         command = [*under, sys.executable, *command]
         options = {"cwd": ROOT, "env": env, "stderr": subprocess.STDOUT, "start_new_session": True}
         return subprocess.Popen(command, stdout=file, **options)
-
-
-def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -241,20 +238,28 @@ class Round:
         return counts(logs) + cut
 
     def sanitize(self) -> str:
+        """Of our kernels alone: under these tools PyTorch's would take the time. Without initcheck, to which memory is
+        initialised that the tests' NaN is in."""
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if tool is None:
             raise Failed("there is no compute-sanitizer; it comes with the CUDA toolkit")
-        suite = [*PYTEST, "tests/test_cuda.py", "-k", "number_of_branches_and_dtypes and not triton"]
-        checks = ("memcheck", "racecheck", "initcheck")
+        suite = [*PYTEST, "tests/test_cuda.py", "-k", SANITIZED, "--seconds", f"{self.limit - GRACE}"]
+        checks = ("memcheck", "racecheck", "synccheck")
         logs = [self.log(name) for name in checks]
-        under = [tool, "--error-exitcode", "9", "--tool"]
+        under = [tool, "--error-exitcode", "9", "--kernel-name", "kns=fractal", "--tool"]
         # Without PyTorch's caching, an access past the end of a tensor is one past the end of an allocation.
         running = [
             start(suite, log, [*under, name], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
             for name, log in zip(checks, logs, strict=True)
         ]
-        finish(running, logs, self.limit)
-        return "\n".join(f"{name}: {last_line(log)}" for name, log in zip(checks, logs, strict=True))
+        cut = ""
+        try:
+            finish(running, logs, self.limit)
+        except Late as late:
+            if found := [line for log in logs for line in complaints(log)]:
+                raise Failed(f"{late}\n{found[0]}") from late
+            cut = f"\n{late}"
+        return counts(logs) + cut
 
     def tune(self) -> str:
         log, cache = self.log("tune"), str(self.scratch / "tuned")
@@ -291,19 +296,6 @@ class Round:
         if not found and not before:
             raise Failed(f"no figures; {log.name}: {last_line(log)}")
         return f"{len(found)} rows, {before} before; {counts([log])}{cut}"
-
-
-def counts(logs: Sequence[Path]) -> str:
-    """What pytest's last lines say, added up; and how many tests were not reached in time."""
-    found: dict[str, int] = {}
-    for log in logs:
-        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last_line(log)):
-            found[word] = found.get(word, 0) + int(number)
-    over = sum(
-        int(n) for log in logs for n in re.findall(rf"SKIPPED \[(\d+)\] .*{OVER}", log.read_text(errors="replace"))
-    )
-    late = [f"{over} of the skipped for want of time"] if over else []
-    return ", ".join([*(f"{number} {word}" for word, number in found.items()), *late])
 
 
 def dry_run(stages: Sequence[str]) -> int:

@@ -149,20 +149,27 @@ def why_not(name: str, device: torch.device | None = None) -> str:
         module = extension("cuda")[0] if name == "cuda" else None
         said = "" if module is None else str(module.problem(0))
         return "PyTorch sees no CUDA device" + (f": {said}" if said else "")
-    return _problem(device.index if device is not None else None) if name == "cuda" else ""
+    if name == "cuda":
+        return str(_problem(device.index if device is not None else None))
+    return "" if _has_c_compiler() else "Triton's launches need a C compiler; install gcc, or name one by CC"
 
 
 @cache
-def _has_c_compiler() -> bool:
+def _finds_c_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 @torch.compiler.assume_constant_result
+def _has_c_compiler() -> bool:
+    return _finds_c_compiler()
+
+
+@torch.compiler.assume_constant_result
 def _chooses_triton(index: int | None) -> bool:
-    """Whether automatic takes Triton: on NVIDIA's devices from sm_80 on, with the C compiler that its launches need."""
+    """Whether automatic takes Triton: on NVIDIA's devices from sm_80 on."""
     if _interpreted or torch.version.hip is not None or not torch.cuda.is_available():
         return False
-    return _has_c_compiler() and torch.cuda.get_device_capability(index) >= (8, 0)
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def automatic(device: torch.device, dtype: torch.dtype) -> str:

@@ -158,12 +158,12 @@ def _channel_stats(
         out[2].zero_()
         return out
     ys, channels_last = in_one_layout(ys)
-    # One copy of a tensor that two branches share, and of one that a kernel does not take as it is.
-    dtype, copies = out[0].dtype, {id(t): (t, t) for t in running}
+    # One copy of what two branches share, also by views of it, and of what a kernel does not take as it is.
+    dtype, copies = out[0].dtype, {t.data_ptr(): (t, t) for t in running}
     for key, (t, _) in copies.items():
         if t.dtype != dtype or not t.is_contiguous():
             copies[key] = (t, t.to(dtype).contiguous())
-    exact = [copies[id(t)][1] for t in running]
+    exact = [copies[t.data_ptr()][1] for t in running]
     launcher, k = backends.launcher(backend), len(ys)
     at_once = len(copies) == len(running) or backend not in ("triton", "cuda")  # else a GPU's blocks would race
     launcher.channel_stats(*out, ys, mask, exact if at_once else [], momentum, momenta, channels_last)

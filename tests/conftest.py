@@ -78,12 +78,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Most of a test's time on Triton is compiling or interpreting: several processes share the suite, mixed, so that
-    what they reach in a time is of every kind."""
+    what they reach in a time is of every kind; of a GPU's backends, first the CUDA kernels, which are compiled."""
     first, of = map(int, config.getoption("--shard").split("/"))
 
-    def order(item: pytest.Item) -> tuple[int, int]:
+    def order(item: pytest.Item) -> tuple[bool, int, int]:
         file = LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
-        return file, crc32(item.nodeid.encode()) if of > 1 else 0
+        if of == 1:
+            return False, file, 0
+        return GPU_BACKENDS[-1] == "cuda" and "triton" in item.nodeid, file, crc32(item.nodeid.encode())
 
     items.sort(key=order)
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != first])

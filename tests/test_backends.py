@@ -47,24 +47,22 @@ def test_automatic_on_a_gpu(lacking, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends, "_has_c_compiler", lambda: True)
     device = torch.device("cuda")
     assert backends.resolve("join", None, device, torch.bfloat16) == expected
     assert backends.resolve("join", None, device, torch.float64) == "reference"
 
 
 def test_automatic_leaves_triton_where_it_may_not_run(monkeypatch):
-    """It is there, and still: the interpreter, AMD's devices, old ones, and no C compiler for its launches."""
+    """It is there, and still: the interpreter, AMD's devices, old ones."""
     monkeypatch.setattr(backends, "why_not", lambda name, device: "why" if name in ("cpu", "cuda") else "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends, "_interpreted", False)
-    monkeypatch.setattr(backends, "_has_c_compiler", lambda: True)
     device = torch.device("cuda")
     assert backends.automatic(device, torch.float32) == "triton"
     for module, name, value in (
-        (backends, "_interpreted", True), (torch.version, "hip", "6.0"), (backends, "_has_c_compiler", lambda: False),
+        (backends, "_interpreted", True), (torch.version, "hip", "6.0"),
         (torch.cuda, "get_device_capability", lambda index: (7, 5)), (torch.cuda, "is_available", lambda: False),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
@@ -72,14 +70,28 @@ def test_automatic_leaves_triton_where_it_may_not_run(monkeypatch):
             assert backends.automatic(device, torch.float32) == "reference"
 
 
+def test_triton_without_a_c_compiler(monkeypatch):
+    """Its first launch would fail, with words of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_has_triton", True)
+    monkeypatch.setattr(backends, "_interpreted", False)
+    for there, said in ((True, ""), (False, "Triton's launches need a C compiler; install gcc, or name one by CC")):
+        monkeypatch.setattr(backends, "_has_c_compiler", lambda there=there: there)
+        assert backends.why_not("triton") == backends.why_not("triton", torch.device("cuda:0")) == said
+    with pytest.raises(
+        fractal_kernels.BackendUnavailable, match="join: expected backend .* got 'triton': Triton's launches"
+    ):
+        backends.resolve("join", "triton", torch.device("cuda:0"), torch.float32)
+
+
 @pytest.mark.parametrize("there, expected", [(("clang",), True), ((), False)])
 def test_a_c_compiler_is_looked_for_once(there, expected, monkeypatch):
     asked = []
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(backends.shutil, "which", lambda name: asked.append(name) or (name if name in there else None))
-    backends._has_c_compiler.cache_clear()
+    backends._finds_c_compiler.cache_clear()
     assert backends._has_c_compiler() == backends._has_c_compiler() == expected and asked == ["gcc", "clang"]
-    backends._has_c_compiler.cache_clear()
+    backends._finds_c_compiler.cache_clear()
 
 
 def test_report_names_the_automatic_backend(monkeypatch):

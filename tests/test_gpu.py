@@ -165,6 +165,15 @@ def test_more_than_2_31_elements(layout, gpu_backend, gives_memory_back):
         assert torch.equal(dy[n : n + 1], ops.join_backward_apply(*args)[0])
 
 
+@needs_gpu
+def test_almost_2_31_pixels(gpu_backend):
+    """One more tile would not be counted in 32 bits. All of them are one value in memory."""
+    count = 2**31 - 8
+    y = torch.full((1, 1), 3.0, device="cuda").expand(count, 1)
+    mean, var, number = torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend)
+    assert mean.item() == 3 and var.item() == 0 and number.item() == pytest.approx(count, rel=1e-5)
+
+
 @pytest.mark.parametrize("mask", [None, "sample"])
 def test_opcheck(mask, gpu_backend):
     pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 
 import pytest
@@ -180,6 +182,45 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
             this.test()
     else:
         assert "not done in 12 s" in this.test()
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >>{folder}/asked.txt
+echo "========= COMPUTE-SANITIZER"
+if [ "{found}" ]; then echo "========= Invalid __global__ read of size 4 bytes"; fi
+sleep {seconds}
+echo "12 passed, 3 skipped in 2.00s"
+echo "========= ERROR SUMMARY: {errors} errors"
+exit {status}
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "failed", "words"),
+    [
+        (dict(found="", seconds=0, errors=0, status=0), False, "36 passed, 9 skipped"),
+        (dict(found="it", seconds=0, errors=1, status=9), True, "exit status 9; memcheck.txt: .* SUMMARY: 1 errors"),
+        (dict(found="", seconds=60, errors=0, status=0), False, "not done in 2 s"),
+        (dict(found="it", seconds=60, errors=1, status=9), True, "not done in 2 s.*\n.*Invalid __global__ read"),
+    ],
+    ids=["clean", "error", "late", "late_with_error"],
+)
+def test_sanitize(values, failed, words, machine, monkeypatch, tmp_path):
+    """What the tools find fails the stage, also where they are not done in time, which alone does not."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(folder=tmp_path, **values))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    this = gpu.Round(tmp_path, 1, time.monotonic() + 60)
+    this.limit = 2
+    if failed:
+        with pytest.raises(gpu.Failed, match=f"(?s){words}"):
+            this.sanitize()
+    else:
+        assert words in this.sanitize()
+    asked = (tmp_path / "asked.txt").read_text()
+    for name in ("memcheck", "racecheck", "synccheck"):
+        assert f"--error-exitcode 9 --kernel-name kns=fractal --tool {name} {sys.executable} -m pytest" in asked
 
 
 @pytest.mark.parametrize("stage", ["build", "test"])

@@ -167,7 +167,7 @@ def channel_stats(
             channels, FLAT=call.flat(y_strides), WIDE=call.is_wide(ys), U=unroll, V=row, **call.constants,
         )  # fmt: skip
         tile = config.merge(channels)
-        kernels.merge_stats[(k, _ceil(channels, tile.channels))](
+        kernels.merge_stats[(_ceil(channels, tile.channels), k)](
             mean, var, count, partial, numbers, tuple(running) or (mean,), momentum,
             mean if momenta is None else momenta, programs, channels, K=k, UPDATE=bool(running),
             HAS_M=momenta is not None, BG=tile.sites, BC=tile.channels,
@@ -226,7 +226,7 @@ def join_backward_reduce(
             FLAT=call.flat(y_strides, grad_strides), WIDE=call.is_wide([grad, *ys]), **call.constants, **call.flags,
         )  # fmt: skip
         tile = config.merge(channels)
-        kernels.merge_sums[(2 * k, _ceil(channels, tile.channels))](
+        kernels.merge_sums[(_ceil(channels, tile.channels), 2 * k)](
             sum_dz, sum_dzx, partial, programs, channels, K=k, BG=tile.sites, BC=tile.channels
         )
 

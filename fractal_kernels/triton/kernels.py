@@ -54,7 +54,7 @@ def channel_stats(partial, numbers, ys, mask, y_sn, y_sc, y_sh, y_sp, mk, mn, co
         mean = tl.zeros([BP // V, BC], tl.float32)
         m2 = tl.zeros([BP // V, BC], tl.float32)
         number = tl.zeros([BP // V, 1], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, BP), U * tl.num_programs(0)):
+        for tile in range(tl.program_id(0), (count - 1) // BP + 1, U * tl.num_programs(0)):
             theres, values = (), ()
             for u in tl.static_range(U):
                 there, n, h, p = sites(tile + u * tl.num_programs(0), count, pixels, 1, BP, False, FLAT, WIDE, V)
@@ -108,7 +108,7 @@ def join_forward(out, ys, mask, means, vars, weights, biases, y_sn, y_sc, y_sh, 
     NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
     c = channels(BC, WIDE)
     ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), (count - 1) // BP + 1, tl.num_programs(0)):
         there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
@@ -140,7 +140,7 @@ def join_backward_reduce(partial, grad, ys, mask, means, vars, weights, biases, 
     sums = ()
     for _ in tl.static_range(2 * K):
         sums = sums + (tl.zeros([BP, BC], tl.float32),)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), (count - 1) // BP + 1, tl.num_programs(0)):
         there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
@@ -174,7 +174,7 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
     c = channels(BC, WIDE)
     ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
     centres, slopes = corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K, BATCH)
-    for tile in range(tl.program_id(0), tl.cdiv(count, BP), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), (count - 1) // BP + 1, tl.num_programs(0)):
         there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
         weight = join_weight(live_count, K, MASK, SUM)
@@ -212,8 +212,8 @@ def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta,
     """Chan's merge of the partials: each row of the tile takes every BG-th in the order of the programs, then the rows
     are merged; and the running statistics of a branch that had values, K means and K variances. Grid: (branch, channel
     blocks)."""
-    b = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    b = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     base = tl.load(partial + 3 * b * C + c, c < C, other=0.0)
     number = tl.zeros([BG, 1], tl.float32)
     mean_rows = tl.zeros([BG, BC], tl.float32)
@@ -237,7 +237,7 @@ def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta,
     biased = m2_all / tl.maximum(n_all, 1.0)
     tl.store(mean + b * C + c, mean_all, c < C)
     tl.store(var + b * C + c, biased, c < C)
-    if tl.program_id(1) == 0:
+    if tl.program_id(0) == 0:
         tl.store(counts + b + tl.zeros([1, 1], tl.int32), n_all)
     if UPDATE:
         keep = tl.load(momenta + b) if HAS_M else momentum
@@ -253,8 +253,8 @@ def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta,
 @triton.jit(do_not_specialize=("programs",))
 def merge_sums(sum_dz, sum_dzx, partial, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
     """Sums of the partials in the order of the programs. Grid: (2k, channel blocks)."""
-    i = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    i = tl.program_id(1)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     s = tl.zeros([BG, BC], tl.float32)
     for first in range(0, programs, BG):
         g = first + tl.arange(0, BG)[:, None]
