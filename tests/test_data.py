@@ -55,7 +55,7 @@ def test_unknown_name(spec):
     [
         ("cifar10", "nowhere", None, "expected a folder as root"),
         ("digits", ".", None, "no root"),
-        ("folder:x", ".", None, "no root beside a path"),
+        ("folder:x", "nowhere", None, "nowhere"),
         ("digits", None, 0, "image_size: expected a whole number >= 1, got 0"),
         ("digits", None, 32, "expected images of 32 pixels, got 8x8"),
     ],

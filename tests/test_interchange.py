@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from fractalnet import FractalNet, interchange
+from fractalnet.drop_path import full_path
 from torch import nn
 
 CONFIG = {"num_classes": 7, "channels": (4, 6), "image_size": 8, "pool_order": "after_join"}
@@ -161,7 +162,7 @@ def test_every_column_has_their_statistics():
 @pytest.mark.parametrize("columns", [1, 2, 3, 4])
 def test_save(naming, columns):
     net = ours(columns)
-    for path in (None, None, net.sample_path(4, torch.Generator().manual_seed(1))):
+    for path in (full_path(len(net.blocks), columns), None, net.sample_path(4, torch.Generator().manual_seed(1))):
         net.train()(torch.randn(4, 3, 8, 8, dtype=torch.float64), path=path)
     net.eval()
     with torch.no_grad():

@@ -52,6 +52,28 @@ def test_extracted_column_is_the_column(column, split):
     assert torch.equal(plain(x), before)  # a copy
 
 
+@pytest.mark.parametrize("options", [{}, {"column_widths": (1, 1 / 2)}, {"split_stats": False}], ids=str)
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_statistics_that_no_step_moved(ratio, options):
+    """Without global drop-path no column ran alone, with nothing else the full network never did: each has the
+    statistics that there are."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(7, 2, (4, 8), image_size=8, local_drop=0.0, global_ratio=ratio, **options)
+    for _ in range(4):
+        net(torch.randn(8, 3, 8, 8) + 2)
+    net.eval()
+    x, moved = torch.randn(5, 3, 8, 8) + 2, int(ratio)
+    got = [net(x), *(net(x, column=c) for c in range(2)), net.extract_column(1)(x)]
+    same = fractalnet.FractalNet(7, 2, (4, 8), image_size=8, **options)
+    same.load_state_dict(net.state_dict())
+    for block in same.eval().blocks:
+        for statistics in (block.running_mean, block.running_var):
+            statistics[:] = statistics[moved % len(statistics)].clone()
+        block.num_batches_tracked.fill_(1)
+    for a, b in zip(got, [same(x), *(same(x, column=c) for c in range(2)), same.extract_column(1)(x)], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_anytime():
     net = fractalnet.FractalNet(7, 3, (4, 6), image_size=8).eval()
     x = torch.randn(2, 3, 8, 8)

@@ -218,10 +218,10 @@ def test_what_one_set_of_statistics_costs_the_deepest_column():
 
 def test_statistics_command(tmp_path, capsys, small):
     out = tmp_path / "statistics"
-    assert main(["study", "statistics", "--epochs", "1", "--seeds", "7", "--out", str(out)]) == 0
+    assert main(["study", "statistics", "--epochs", "2", "--seeds", "7", "--out", str(out)]) == 0
     assert [f.name for f in out.iterdir()] == ["statistics.json"]
     found = json.loads((out / "statistics.json").read_text())
-    assert found["recipe"]["epochs"] == 1 and [run["seed"] for run in found["runs"]] == [7]
+    assert found["recipe"]["epochs"] == 2 and [run["seed"] for run in found["runs"]] == [7]
     run = found["runs"][0]
     assert run["same_weights"]  # statistics do not act on training
     scores = run["scores"]

@@ -87,20 +87,23 @@ def run_eval(arguments: argparse.Namespace) -> None:
     model.to(device)
     with contextlib.closing(trained.holdout(content, arguments.root, arguments.crops, device)) as loader:
         found = evaluate.scores(model, trained.views(loader, arguments.crops))
-        x, _, _ = next(loader.epoch(0))
+        x, _ = next(iter(trained.views(loader, arguments.crops)))
+        x = x[0] if x.dim() == 5 else x  # one view of every image
     print(evaluate.table(evaluate.measure(model, found, x, loader.count)))
 
 
 def run_anytime(arguments: argparse.Namespace) -> None:
     model, content = trained.unpack_fractal(arguments.checkpoint)
-    split = trained.split(content, arguments.root)
-    print(evaluate.anytime_table(evaluate.anytime(model, split.test_x, split.test_y), len(split.test_y)))
+    split, device = trained.split(content, arguments.root), "cuda" if torch.cuda.is_available() else "cpu"
+    x, y = split.test_x.to(device), split.test_y.to(device)
+    model.to(device)
+    print(evaluate.anytime_table(evaluate.anytime(model, x, y), len(y)))
     with folder_for(arguments.out) if arguments.out else contextlib.nullcontext():
-        rows = anytime.measure(model, split.test_x, split.test_y)
-        print(f"\n{anytime.table(rows, len(split.test_y))}")
+        rows = anytime.measure(model, x, y)
+        print(f"\n{anytime.table(rows, len(y))}")
         if arguments.out:
             require("matplotlib")
-            found = {"images": len(split.test_y), **study.machine(), "rows": rows}
+            found = {"images": len(y), **study.machine(), "rows": rows}
             write(arguments.out, {"anytime.json": study.as_json(found), "anytime.png": plots.early_exit(rows)})
 
 

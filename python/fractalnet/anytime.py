@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .early_exit import early_exit
-from .evaluate import alternate, contenders, grid, score
+from .evaluate import CHUNK, alternate, contenders, grid, score
 from .model import FractalNet
 
 __all__ = ["CONFIDENCES", "measure", "table"]
@@ -28,15 +29,23 @@ def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     """
     model.eval()
     rows: list[dict[str, Any]] = []
-    calls = {}
+    calls: dict[str, Callable[[int], Any]] = {}
+
+    def whole(_: int = 0, **how: Any) -> Tensor:
+        return torch.cat([model(part, **how) for part in x.split(CHUNK)])
+
+    def early(_: int = 0, confidence: float = 0.0) -> tuple[Tensor, ...]:
+        parts = [early_exit(model, part, confidence) for part in x.split(CHUNK)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
     for name, how in contenders(model).items():
-        calls[name] = lambda _, h=how: model(x, **h)
+        calls[name] = partial(whole, **how)
         own = {"name": name, "column": how.get("column"), "confidence": None, "shares": None}
-        rows.append(own | score(model(x, **how), y))
+        rows.append(own | score(whole(**how), y))
     for confidence in CONFIDENCES:
         name = f"confidence {confidence:g}"
-        calls[name] = lambda _, p=confidence: early_exit(model, x, p)
-        logits, answered = early_exit(model, x, confidence)
+        calls[name] = partial(early, confidence=confidence)
+        logits, answered = early(confidence=confidence)
         shares = (answered.bincount(minlength=model.columns) / len(y)).tolist()
         rows.append({"name": name, "confidence": confidence, **score(logits, y), "shares": shares})
     times = alternate(calls, cycle=6)

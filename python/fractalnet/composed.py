@@ -160,10 +160,8 @@ class ComposedBlock(Block):
         else:
             chosen = everything(self.columns) if dense else plan(self.columns, tuple(keep.flatten().tolist()))
             runs, joins = set(chosen.units), chosen.joins
-        sets = int(alone) % self.running_mean.shape[0]
-        taken = [self.running_mean[sets], self.running_var[sets]]
-        if self.training:
-            taken = [torch.zeros_like(t) for t in taken]
+        held = self.running_mean[0], self.running_var[0]
+        taken = [torch.zeros_like(t) for t in held] if self.training else self.statistics(alone)
         split = [None if v is None else v.split(self.sizes) for v in (self.gamma, self.beta, self.conv_bias, *taken)]
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it

@@ -130,7 +130,7 @@ LEAST = {
 }  # fmt: skip
 INSIDE = {
     "clip": (0, math.inf), "ema": (0, 1), "label_smoothing": (-1e-9, 1), "schedule.factor": (0, 1 + 1e-9),
-    "optimizer.init_args.lr": (0, math.inf),
+    "optimizer.init_args.lr": (0, math.inf), "seed": (-1, 2**63),
 }  # fmt: skip
 # What may differ between a run and its continuation: it changes neither weights nor metrics. The last line: but for
 # rounding, and for which values dropout drops.
@@ -163,8 +163,9 @@ def files(name: str) -> list[str]:
         raise UserError(f"unknown recipe {name!r}; there is: {', '.join(recipes())}, and any file that ends in .yaml")
     try:
         return [Path(name).read_text("utf-8")]
-    except OSError as error:
-        raise UserError(f"recipe {name}: cannot be read: {error.strerror or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"recipe {name}: cannot be read: {reason}") from error
 
 
 def known_as(name: str) -> str:

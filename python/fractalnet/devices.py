@@ -53,6 +53,8 @@ def fabric_for(config: Config) -> Fabric:
         raise UserError(f"train: {' '.join(str(error).split())}") from error
     except Exception as error:  # lightning's own MisconfigurationException
         raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if config.precision == "fp64":  # the loss too: Fabric makes float32 of what a network returns
+        fabric.strategy.precision.convert_output = lambda data: data
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
         raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
     return fabric

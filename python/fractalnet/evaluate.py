@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from . import drop_path
 from .files import UserError, require
 from .model import FractalNet
 from .plain import PlainNet
-from .zoo import create
+from .zoo import create, resolved
 
 if TYPE_CHECKING:
     from .train import Run
@@ -74,7 +75,8 @@ def scores(model: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str
     classes, device = model.head.out_features, model.head.weight.device
     ranks = {"accuracy": 1} | ({"accuracy_top5": 5} if classes >= 20 else {})
     asked = {name: MulticlassAccuracy(classes, k, average="micro") for name, k in ranks.items()}
-    found = {name: (MeanMetric().to(device), MetricCollection(asked).clone().to(device)) for name in contenders(model)}
+    mean = MeanMetric(nan_strategy="disable")  # a loss that is no number is not left out
+    found = {name: (mean.clone().to(device), MetricCollection(asked).clone().to(device)) for name in contenders(model)}
     for x, y in batches:
         for name, how in contenders(model).items():
             logits = model(x.flatten(0, 1), **how).view(len(x), *y.shape, -1) if x.dim() == 5 else model(x, **how)
@@ -146,12 +148,15 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 def table(columns: Sequence[dict[str, Any]]) -> str:
     """What `measure` found, to be read."""
-    head = ["", "depth (convs)", "hold-out accuracy", *(f"ms/image, batch {n}" for n in columns[0]["timed"])]
+    top = "accuracy_top5" in columns[0]
+    head = ["", "depth (convs)", "hold-out accuracy", *(["of the best 5"] if top else [])]
+    head += [f"ms/image, batch {n}" for n in columns[0]["timed"]]
     rows = [
         [
             "full network" if c["column"] is None else f"{c['name']} alone",
             str(c["depth"]),
             f"{c['accuracy']:.2%}",
+            *([f"{c['accuracy_top5']:.2%}"] if top else []),
             *(f"{c['ms_per_image'][str(batch)]:.3f}" for batch in BATCHES),
         ]
         for c in columns
@@ -161,19 +166,26 @@ def table(columns: Sequence[dict[str, Any]]) -> str:
 
 @torch.no_grad()
 def anytime(model: FractalNet, x: Tensor, y: Tensor, rounds: int = 5) -> list[dict[str, Any]]:
-    """Per answer of `model.anytime`: its accuracy, and the median time until it is there, for all of x."""
+    """Per answer of `model.anytime`: its accuracy, and the median time until it is there, for all of x, in parts."""
     model.eval()
-    rows: list[dict[str, Any]] = []
-    elapsed: dict[int, list[float]] = {}
+    answers: dict[int, list[Tensor]] = {column: [] for column in range(model.columns)}
+    elapsed: dict[int, list[float]] = {column: [] for column in answers}
     for i in range(-2, rounds):
-        start = time.perf_counter()
-        for column, depth, logits in model.anytime(x):
-            now = time.perf_counter()
-            if i == -2:
-                rows.append({"column": column, "depth": depth, **score(logits, y)})
-            elif i >= 0:
-                elapsed.setdefault(column, []).append(1e3 * (now - start))
-    return [row | {"ms": statistics.median(elapsed[row["column"]])} for row in rows]
+        taken = dict.fromkeys(answers, 0.0)
+        for part in x.split(CHUNK):
+            start = time.perf_counter()
+            for column, _, logits in model.anytime(part):
+                if logits.is_cuda:
+                    torch.cuda.synchronize()
+                taken[column] += 1e3 * (time.perf_counter() - start)
+                if i == -2:
+                    answers[column].append(logits)
+        for column in answers if i >= 0 else ():
+            elapsed[column].append(taken[column])
+    return [
+        {"column": c, "depth": model.depth(c), **score(torch.cat(logits), y), "ms": statistics.median(elapsed[c])}
+        for c, logits in answers.items()
+    ]
 
 
 def anytime_table(rows: Sequence[dict[str, Any]], images: int) -> str:
@@ -195,6 +207,17 @@ def eager_baseline() -> type[nn.Module] | None:
             return None
         raise
     return PublicFractalNet
+
+
+# The arguments of a network that do not change a training step, or that the eager baseline has too.
+SHARED = ("num_classes", "columns", "channels", "in_channels", "image_size", "local_drop", "global_ratio")
+SHARED += ("granularity", "mixture", "path_seed", "split_stats", "stats", "init", "momentum")
+
+
+def unlike_eager(arguments: dict[str, Any]) -> list[str]:
+    """The arguments of a network, by name and value, by which the eager baseline is another one."""
+    defaults = {name: p.default for name, p in inspect.signature(FractalNet).parameters.items()}
+    return [f"{k} {v}" for k, v in resolved(arguments).items() if k not in SHARED and v != defaults[k]]
 
 
 def mixture(model: FractalNet, batch: int, count: int, seed: int) -> list[drop_path.Path]:
@@ -243,6 +266,9 @@ def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
     baseline = eager_baseline()
     if baseline is None:
         print("the eager comparison is left out: benchmarks/ is not importable here (it is in the repository's root)")
+    elif unlike := unlike_eager(this.arguments):
+        print(f"the eager comparison is left out: public implementations have no {', '.join(unlike)}")
+        baseline = None
     else:
         shape = {"in_channels": x.shape[1], "image_size": model.image_size, "num_classes": model.head.out_features}
         drop = drop_path.rate(model.local_drop, 0)

@@ -102,6 +102,23 @@ class Block(nn.Module):
             # Not lerp alone: what is not finite in this batch would reach what did not run at a weight of 0.
             statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
 
+    def _borrows(self, own: Tensor) -> Tensor:
+        """[1, U]: the units that never ran in the steps of set ``own`` [1] and did in the other's."""
+        here, there = (self.num_batches_tracked.index_select(0, s) for s in (own, 1 - own))
+        return (here == 0) & (there > 0)
+
+    def statistics(self, alone: Tensor) -> list[Tensor]:
+        """Running mean and variance in evaluation, in the shape of a set; the host reads no device.
+
+        Without global drop-path no column runs alone in training: it has the full network's.
+        """
+        held = self.running_mean, self.running_var
+        if len(self.running_mean) == 1:
+            return [t[0] for t in held]
+        own = (alone.to(self.running_mean.device) % 2).view(1)
+        borrows = self.per_channel(self._borrows(own))
+        return [torch.where(borrows, t.index_select(0, 1 - own), t.index_select(0, own))[0] for t in held]
+
     def find(self, c: int, j: int) -> Unit:
         """Column c's j-th unit."""
         for unit in self.schedule.units:
@@ -115,6 +132,9 @@ class Block(nn.Module):
 
         A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those.
         """
+        if len(self.running_mean) > 1:  # as statistics() has it
+            borrows = self._borrows(torch.tensor([set], device=self.num_batches_tracked.device))
+            set = 1 - set if borrows[0, self.find(c, j).id] else set
         unit = self.unit(c, j, set)
         weight = unit.weight
         if unit.weight_1x1 is not None:
@@ -221,11 +241,7 @@ class FractalBlock(Block):
 
     def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
         """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`."""
-        sets = self.running_mean.shape[0]
-        mean = var = None
-        if not self.training:
-            which = (alone.to(x.device) % sets).view(1)
-            mean, var = (t.index_select(0, which)[0] for t in (self.running_mean, self.running_var))
+        mean, var = (None, None) if self.training else self.statistics(alone)
         result = fractal_block(
             x,
             [as_conv(weight) for weight in self.weights],

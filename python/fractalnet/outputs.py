@@ -26,8 +26,13 @@ import torch
 
 from fractal_kernels import available_backends
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 from . import checkpoints, evaluate, plots, trained
-from .config import Config, paper
+from .config import FREE, Config, load, paper
 from .files import UserError, write
 from .model import FractalNet
 
@@ -40,6 +45,8 @@ __all__ = ["Log", "compare", "conclude", "differences", "find", "flat", "introdu
 
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
 RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
+# Beside the number of epochs, in which a run of the paper's recipe may differ from it.
+UNIMPORTANT = ("seed", "precision", "compile", "strategy", "sync_bn", "evaluate_every")
 PACKAGES = (
     "fractal-kernels",
     "torch",
@@ -69,6 +76,27 @@ def find(out: Path, resume: str | None, overwrite: bool) -> Path | None:
     checkpoint = found[-1] if resume == "newest" else Path(resume)
     checkpoints.prove(checkpoint)
     return checkpoint
+
+
+@contextlib.contextmanager
+def alone(fabric: Fabric, out: Path) -> Iterator[None]:
+    """No other training writes to the folder meanwhile: of two, each would spoil the other's log."""
+    taken, handle = False, None
+    if fabric.is_global_zero and fcntl is not None:
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:  # of a file system that has no locks
+            pass
+    try:
+        if fabric.broadcast(taken):
+            raise UserError(f"{out}: another training writes to this folder")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
@@ -271,6 +299,7 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
     }
     images = trained.facts(this.config.data, this.augment)
     files = {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)}
+    write(out, files)  # whatever becomes of what follows
     if len(columns) > 1:
         files["accuracy.png"] = plots.accuracies(columns)
     measured = [row for row in this.history if "holdout" in row]
@@ -312,9 +341,14 @@ def report(metrics: dict[str, Any], tables: list[str], pictures: list[str]) -> s
 
 
 def compare(runs: Iterable[dict[str, Any]]) -> str:
-    """Test errors of the paper against those reached, for runs of its recipes; "" where there is none."""
+    """Test errors of the paper against those reached, for runs of its recipes; "" where there is none.
+
+    A run of other images, of another network or trained otherwise is none, whatever it was called by.
+    """
     known, rows = paper(), []
     for metrics in runs:
+        if metrics["recipe"] not in known or not is_recipe(metrics):
+            continue
         for what, printed in known.get(metrics["recipe"], {}).items():
             contender, _, top = what.partition(" top ")
             score = next((c for c in metrics["columns"] if c["name"] == contender), None)
@@ -328,6 +362,19 @@ def compare(runs: Iterable[dict[str, Any]]) -> str:
     return evaluate.grid([["test error, %", "epochs", "paper", "reached"], *rows]) if rows else ""
 
 
+def is_recipe(metrics: dict[str, Any]) -> bool:
+    """Whether a run's options are its recipe's, but for its length and what changes rounding and random numbers."""
+    _, plain = load(metrics["recipe"], ["--epochs", str(metrics["config"]["epochs"])])
+    return not differences(plain, metrics["config"], (*FREE, *UNIMPORTANT))
+
+
 def found(folder: Path) -> list[dict[str, Any]]:
-    """metrics.json of every run below a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.rglob("metrics.json"))]
+    """metrics.json of every run below a folder; files of other programs are left out."""
+    texts = [path.read_bytes() for path in sorted(folder.rglob("metrics.json"))]
+    runs = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            metrics = json.loads(text)
+            if isinstance(metrics, dict) and {"recipe", "config", "columns"} <= metrics.keys():
+                runs.append(metrics)
+    return runs

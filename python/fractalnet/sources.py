@@ -121,7 +121,7 @@ def load(spec: str, root: Path | None = None, image_size: int | None = None) -> 
     """The data set of a name such as ``cifar10``, or of a path: ``folder:PATH``, ``parquet:PATH``.
 
     Args:
-        spec: one of `NAMES`. root: a local copy of a set that is on the hub.
+        spec: one of `NAMES`. root: a local copy of a set that is on the hub; or where that path is now.
         image_size: side of the network's input. Images of another size are streamed, cropped and scaled to it; without
             it a set's images must be of one size, or too many for memory (then 224).
     Raises:
@@ -135,9 +135,7 @@ def load(spec: str, root: Path | None = None, image_size: int | None = None) -> 
     if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise UserError(f"image_size: expected a whole number >= 1, got {image_size!r}")
     if kind in ("folder", "parquet") and path:
-        if root is not None:
-            raise UserError(f"data {spec}: expected no root beside a path, got {root}")
-        return assemble(spec, *(folder if kind == "folder" else parquet)(Path(path).expanduser()), image_size)
+        return assemble(spec, *(folder if kind == "folder" else parquet)(Path(root or path).expanduser()), image_size)
     if spec == "digits":
         if root is not None:
             raise UserError(f"data digits: expected no root, it comes with scikit-learn, got {root}")

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from fractal_kernels.flops import FORMULAS
 from fractal_kernels.schedule import plan, schedule
 
 from . import drop_path, evaluate, sources
@@ -30,27 +31,11 @@ PATHS = 2000  # drawn for the mean of the live fraction
 
 
 def work(model: Network, channels: int, size: int) -> int:
-    """Multiply-adds of convolutions and classifier for one image, nothing dropped.
-
-    Counted on the columns as plain networks: every convolution of a block belongs to one column; stem and classifier
-    are shared, and counted once.
-    """
-    total = 0
-
-    def count(layer: nn.Module, _: object, out: Tensor) -> None:
-        nonlocal total
-        total += layer.weight.numel() * (out[0, 0].numel() if out.dim() == 4 else 1)
-
-    stem = 0 if isinstance(model.stem, nn.Identity) else 1  # convolutions that come first
-    whole = [model.extract_column(c) for c in range(model.columns)] if isinstance(model, FractalNet) else [model]
-    for number, net in enumerate(whole):
-        copied = copy.deepcopy(net).train()
-        layers = [m for m in copied.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        for layer in layers[stem:-1] if number else layers:
-            layer.register_forward_hook(count)
-        with torch.no_grad():
-            copied(torch.zeros(2, channels, size, size))
-    return total
+    """Multiply-adds of convolutions and classifier for one image, nothing dropped."""
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with counter, torch.no_grad():
+        copy.deepcopy(model).eval()(torch.zeros(1, channels, size, size))
+    return counter.get_total_flops() // 2
 
 
 def live_fraction(model: FractalNet) -> float:
@@ -83,6 +68,8 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
     macs = work(model, channels, size)
     fractal = isinstance(model, FractalNet)
     share = live_fraction(model) if fractal else 1.0
+    tied = fractal and model.global_mode == "tied"
+    runs = share + tied  # and each column by itself, all of which together are the full network's convolutions
     few = torch.randn(2, channels, size, size)
     how = {"path": drop_path.full_path(len(model.channels), model.columns)} if fractal else {}
     saved = evaluate.saved_bytes(model, lambda: F.cross_entropy(model(few, **how), torch.zeros(2, dtype=torch.long)))
@@ -98,8 +85,9 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
         f"steps: {config.epochs} epochs x {batches:,} batches of {config.batch_size}"
         + (f", an optimizer step every {config.accumulate}" if config.accumulate > 1 else ""),
         f"work: {macs / 1e6:,.1f} M multiply-adds per image forward, nothing dropped",
-        f"live fraction under drop-path: {share:.1%} of the blocks' convolutions, mean of {PATHS} paths",
-        f"training: {3 * macs * share * images * config.epochs / 1e15:,.2f} P multiply-adds in all (3 x forward, live)",
+        f"live fraction under drop-path: {share:.1%} of the blocks' convolutions, mean of {PATHS} paths"
+        + ("; and every column by itself" if tied else ""),
+        f"training: {3 * macs * runs * images * config.epochs / 1e15:,.2f} P multiply-adds in all (3 x forward, live)",
         f"memory, estimate: {(saved + weights) / 1e6:,.0f} MB: {saved / 1e6:,.0f} MB of activations saved for backward "
         f"(nothing dropped), {weights / 1e6:,.0f} MB of weights, gradients and the optimizer's state",
     ]

@@ -70,7 +70,16 @@ def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[Fracta
     """The network of a recipe for these images, and all the arguments that make it."""
     size = dataset.image_size
     shape = {"num_classes": len(dataset.classes), "in_channels": dataset.channels, "image_size": size}
+    if len(dataset.classes) < 2:
+        raise UserError(f"data {dataset.name}: expected 2 classes or more, got {len(dataset.classes)}")
     arguments = {**shape, **config.network}
+    for name, there, fits in (
+        ("num_classes", f"{shape['num_classes']} or more", arguments["num_classes"] >= shape["num_classes"]),
+        ("in_channels", str(shape["in_channels"]), arguments["in_channels"] == shape["in_channels"]),
+    ):
+        if not fits:
+            got = arguments[name]
+            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {got}")
     return evaluate.build(arguments, what), arguments
 
 
@@ -109,6 +118,9 @@ class Run:
         if kind in ("LBFGS", "SparseAdam"):
             why = "it calls the step again" if kind == "LBFGS" else "its gradients are sparse"
             raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {why}")
+        if config.strategy == "fsdp" and kind == "SGD":  # PyTorch has no fused SGD of sharded weights; it is as exact
+            for group in self.optimizer.param_groups:
+                group["fused"] = False
         fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
         if config.precision == "fp16" and config.clip is not None and fused:
             raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
@@ -208,7 +220,12 @@ class Run:
         if not isinstance(self.net, FractalNet) or self.net.global_mode == "tied":
             return None
         path = self.net.sample_path(size, generator_for(self.net.path_seed, self.net.path_step))
-        return Path(path.keep[..., slice(*self.loader.part(size))]) if path.keep.dim() == 4 else path
+        if path.keep.dim() == 3:
+            return path
+        order, ranks = torch.arange(size), self.fabric.world_size
+        if not self.config.sync_bn:  # statistics of each rank's own part: it is to hold every kind of sample
+            order = torch.cat([order[first::ranks] for first in range(ranks)])
+        return Path(path.keep[..., order[slice(*self.loader.part(size))]])
 
     # --- an epoch ----------------------------------------------------------------------------------
 
@@ -317,11 +334,11 @@ class Run:
             log = state["log"]
         except (KeyError, TypeError, RuntimeError) as error:
             raise UserError(f"checkpoint {path}: its content does not fit ({type(error).__name__}: {error})") from error
+        self.history = outputs.rewind(out, log, self.fabric.is_global_zero)
         if self.fabric.is_global_zero:
             for later in checkpoints.saved(out / "checkpoints"):
                 if later.name > path.name:  # of a future that this run will not have
                     later.unlink()
-        self.history = outputs.rewind(out, log, self.fabric.is_global_zero)
         self.fabric.barrier()
 
 
@@ -339,7 +356,7 @@ def run(
     require("lightning", "torchmetrics", "matplotlib", "tqdm", "yaml")
     fabric = fabric_for(config)
     fabric.launch()
-    with folder_for(out):
+    with folder_for(out), outputs.alone(fabric, out):
         checkpoint = outputs.find(out, resume, overwrite)
         this = Run(config, plain, name, fabric)  # looks at data and options before anything in the folder changes
         outputs.prepare(fabric, out, anew=checkpoint is None)

@@ -7,7 +7,7 @@ from typing import Any
 from .model import FractalNet
 from .plain import PlainNet
 
-__all__ = ["create", "list_models"]
+__all__ = ["create", "list_models", "resolved"]
 
 _ULTRA = {"channels": (16, 32, 64, 128, 128), "num_classes": 100}
 _FRACTAL: dict[str, dict[str, Any]] = {
@@ -50,6 +50,17 @@ def list_models() -> list[str]:
         True
     """
     return sorted((*_FRACTAL, *_PLAIN))
+
+
+def resolved(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of :class:`FractalNet` of those that may name one of the networks.
+
+    Example:
+        >>> resolved({"name": "fractal_c3", "num_classes": 10})["num_classes"]
+        10
+    """
+    named = _FRACTAL.get(arguments.get("name", ""), {})
+    return {**named, **{key: value for key, value in arguments.items() if key != "name"}}
 
 
 def create(name: str, **overrides: Any) -> FractalNet | PlainNet:

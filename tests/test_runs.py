@@ -1,0 +1,271 @@
+"""Runs: what they refuse before anything changes, what they keep, and what is said of them afterwards."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+import yaml  # noqa: E402
+from fractalnet import FractalNet, checkpoints, config, create, drop_path, evaluate, outputs, summary, train  # noqa: E402
+from fractalnet.__main__ import main  # noqa: E402
+from fractalnet.files import UserError  # noqa: E402
+from image_files import write_folder  # noqa: E402
+
+RECIPE = {
+    "network": {"columns": 2, "channels": [4, 6]},
+    "data": {"source": "digits"},
+    "epochs": 1,
+    "batch_size": 500,
+    "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(same_start, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(evaluate, "PASSES", 1)
+
+
+def written(folder, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | changes))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "PASSES", 1)
+        assert main(["train", written(folder, epochs=3, keep=9), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+# --- before --------------------------------------------------------------------------------------
+
+
+def test_a_refused_resume_deletes_nothing(tmp_path, whole, refused):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    names = [path.name for path in checkpoints.saved(out / "checkpoints")]
+    (out / "metrics.jsonl").write_bytes(b"")
+    again = ["train", written(tmp_path, epochs=3, keep=9), "--out", str(out), "--resume"]
+    refused([*again, str(out / "checkpoints" / names[1])], ["metrics.jsonl: expected", "bytes or more", "got 0"])
+    assert [path.name for path in checkpoints.saved(out / "checkpoints")] == names and len(names) == 3
+
+
+def test_one_training_writes_to_a_folder(tmp_path, refused):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "run"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    refused(["train", written(tmp_path), "--out", str(out)], [str(out), "another training writes to this folder"])
+    assert not list(out.iterdir())
+    os.close(other)
+    assert main(["train", written(tmp_path), "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--network.num_classes", "5"], ["--network.num_classes: expected 10 or more for digits, got 5"]),
+        (["--network.in_channels", "3"], ["--network.in_channels: expected 1 for digits, got 3"]),
+        (["--seed", str(2**63)], ["--seed: expected a number in", str(2**63)]),
+    ],
+)
+def test_options_that_do_not_fit(options, words, refused, tmp_path):
+    refused(["train", written(tmp_path), "--out", str(tmp_path / "run"), *options], words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_one_class(tmp_path, refused):
+    write_folder(tmp_path / "data")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "data" / split / "dog")
+    source = ["--data.source", f"folder:{tmp_path / 'data'}"]
+    refused(
+        ["train", written(tmp_path), "--out", str(tmp_path / "run"), *source], ["expected 2 classes or more, got 1"]
+    )
+
+
+def test_a_recipe_that_is_no_text(tmp_path, refused):
+    (tmp_path / "broken.yaml").write_bytes(b"epochs: \xff\xfe")
+    refused(["train", str(tmp_path / "broken.yaml")], ["broken.yaml: cannot be read"])
+
+
+def test_every_damaged_bit_is_an_error_of_the_checkpoint(tmp_path, whole):
+    """Also of the archive's directory, where it may turn entries into encrypted ones, or names into none."""
+    content, path = (
+        bytearray(checkpoints.saved(whole / "checkpoints")[0].read_bytes()),
+        tmp_path / "step-000000001.ckpt",
+    )
+    told = 0
+    for i in range(len(content) - 2500, len(content)):
+        damaged = bytearray(content)
+        damaged[i] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            checkpoints.prove(path)
+        except UserError as error:
+            told += "damaged" in str(error)
+    assert told > 1000
+
+
+# --- data that has moved -------------------------------------------------------------------------
+
+
+def test_moved_data(tmp_path, capsys):
+    """--root and --data.root say where a folder is now; its images are still proven to be the same."""
+    write_folder(tmp_path / "first", count=12)
+    recipe = written(tmp_path, data={"source": f"folder:{tmp_path / 'first'}"}, batch_size=8, epochs=2)
+    out = tmp_path / "run"
+    assert main(["train", recipe, "--out", str(out)]) == 0
+    (tmp_path / "first").rename(tmp_path / "second")
+    evaluation = ["eval", "--checkpoint", str(out / "model.pt")]
+    assert main(evaluation) == 2
+    assert main([*evaluation, "--root", str(tmp_path / "second")]) == 0
+    assert main(["train", "--out", str(out), "--resume", "--data.root", str(tmp_path / "second")]) == 0
+    shutil.rmtree(tmp_path / "second")
+    write_folder(tmp_path / "second", count=11)
+    capsys.readouterr()
+    assert main(["train", "--out", str(out), "--resume", "--data.root", str(tmp_path / "second")]) == 2
+    assert "holds other images now" in capsys.readouterr().err
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+
+def test_the_loss_of_fp64(tmp_path, monkeypatch):
+    seen = []
+    criterion = train.Run.criterion
+    monkeypatch.setattr(train.Run, "criterion", lambda *a: seen.append(a[1].dtype) or criterion(*a))
+    assert main(["train", written(tmp_path, precision="fp64"), "--out", str(tmp_path / "run")]) == 0
+    assert set(seen) == {torch.float64}
+
+
+def test_a_loss_that_is_no_number_is_not_left_out():
+    net = FractalNet(10, 1, (4,), in_channels=1, image_size=8).eval()
+    x, y = torch.randn(6, 1, 8, 8), torch.zeros(6, dtype=torch.long)
+    x[5] = float("nan")
+    found = evaluate.scores(net, zip(x.split(3), y.split(3), strict=True))
+    assert found["full"]["loss"] != found["full"]["loss"]
+
+
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_paths_per_sample_of_several_ranks(sync_bn):
+    """Together those of the batch. Where each takes statistics of its own part, each has every kind of sample."""
+    net = FractalNet(5, 2, (4,), image_size=8, local_drop=0.0, granularity="sample")
+    parts = []
+    for rank in range(2):
+        net.path_step = 3
+        part = SimpleNamespace(part=lambda size, rank=rank: (size * rank // 2, size * (rank + 1) // 2))
+        options = {"config": SimpleNamespace(sync_bn=sync_bn), "fabric": SimpleNamespace(world_size=2)}
+        parts.append(train.Run.path(SimpleNamespace(net=net, loader=part, **options), 41).keep)
+    assert [part.shape[-1] for part in parts] == [20, 21]
+    net.path_step = 3
+    whole = net.sample_path(41, drop_path.generator_for(net.path_seed, 3)).keep
+    kinds = [list(map(tuple, keep.flatten(0, -2).T.tolist())) for keep in (whole, *parts)]
+    assert sorted(kinds[1] + kinds[2]) == sorted(kinds[0])
+    assert len(set(kinds[0])) == 3  # everything, and each column alone
+    assert (set(kinds[1]) == set(kinds[2]) == set(kinds[0])) != sync_bn
+
+
+# --- afterwards ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["activation", "silu"], ["eps", "0.001"], ["column_widths", "[1, 0.5]"]])
+def test_eager_has_not_every_option(options, tmp_path, capsys):
+    """The comparison is left out, with its reason, and everything else is there."""
+    argv = ["--compare_eager", "true", f"--network.{options[0]}", options[1]]
+    assert main(["train", written(tmp_path), "--out", str(tmp_path / "run"), *argv]) == 0
+    said = capsys.readouterr().out
+    assert "the eager comparison is left out: public implementations have no " + options[0] in said
+    steps = json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"]
+    assert "fused" in steps and "eager" not in steps
+
+
+def test_arguments_that_eager_shares():
+    assert evaluate.unlike_eager({"name": "fractal_c3", "num_classes": 10, "granularity": "sample"}) == []
+    assert evaluate.unlike_eager({"columns": 2, "channels": (4,), "pool": "max", "eps": 1e-5}) == []
+    (dropout,) = evaluate.unlike_eager({"name": "fractalnet20"})
+    assert dropout.startswith("dropout (0.0, 0.1")
+
+
+def test_what_is_trained_is_kept_whatever_follows(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a wrong network")
+
+    monkeypatch.setattr(evaluate, "compare_steps", broken)
+    with pytest.raises(RuntimeError, match="a wrong network"):
+        main(["train", written(tmp_path, compare_eager=True), "--out", str(tmp_path / "run")])
+    assert main(["eval", "--checkpoint", str(tmp_path / "run" / "model.pt")]) == 0
+
+
+def metrics_of(name, *options):
+    _, plain = config.load(name, options)
+    columns = [{"name": "full", "accuracy": 0.9, "accuracy_top5": 0.95}, {"name": "column 2", "accuracy": 0.8}]
+    return {"recipe": name, "config": plain, "columns": columns}
+
+
+def test_only_the_papers_recipe_is_set_beside_the_paper(tmp_path, capsys):
+    name = "fractalnet20-drop/c10"
+    assert outputs.compare([metrics_of(name)])
+    for same in (["--epochs", "2"], ["--seed", "3", "--precision", "bf16"], ["--graphs", "true", "--devices", "2"]):
+        assert outputs.compare([metrics_of(name, *same)])
+    for other in (
+        ["--network.columns", "2"],
+        ["--data.source", "digits"],
+        ["--optimizer.lr", "0.1"],
+        ["--batch_size", "8"],
+    ):
+        assert outputs.compare([metrics_of(name, *other)]) == ""
+    for folder, text in (("a", json.dumps(metrics_of(name))), ("b", "{"), ("c", '{"recipe": 3}'), ("d", "[]")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "metrics.json").write_text(text)
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "fractalnet20-drop/c10, full" in capsys.readouterr().out
+
+
+def test_the_best_five_are_shown():
+    column = {"name": "full", "column": None, "depth": 5, "accuracy": 0.5, "timed": [1, 2]}
+    column |= {"ms_per_image": {str(n): 1.0 for n in evaluate.BATCHES}}
+    assert "of the best 5" not in evaluate.table([column])
+    assert "75.25%" in evaluate.table([column | {"accuracy_top5": 0.7525}])
+
+
+def test_work_of_composed_and_tied_networks(tmp_path, capsys):
+    """1x1 convolutions as such; of tied columns each is a pass of its own."""
+    assert round(summary.work(create("fractalnet40"), 3, 32) / 1e6, 1) == 604.4
+    shares = []
+    for mode in ("sampled", "tied"):
+        options = ["--network.global_mode", mode, "--network.local_drop", "0", "--network.global_ratio", "0"]
+        assert main(["train", written(tmp_path, epochs=10**6), "--dry-run", *options]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training: ")]
+        shares.append(float(line.split()[1].replace(",", "")))
+    assert shares[1] == pytest.approx(2 * shares[0], rel=1e-2)
+
+
+def test_anytime_in_parts(monkeypatch):
+    """The answers are those of all images at once."""
+    from fractalnet import anytime
+
+    net = FractalNet(5, 2, (4, 6), image_size=8).eval()
+    x, y = torch.randn(11, 3, 8, 8), torch.randint(5, (11,))
+    found = []
+    for size in (500, 3):
+        for module in (evaluate, anytime):
+            monkeypatch.setattr(module, "CHUNK", size)
+        rows = [*evaluate.anytime(net, x, y, rounds=1), *anytime.measure(net, x, y)]
+        found.append([(r.get("name"), r["accuracy"], round(r["loss"], 4), r.get("shares")) for r in rows])
+    assert found[0] == found[1] and len(found[0]) == 2 + 3 + len(anytime.CONFIDENCES)
