@@ -64,7 +64,8 @@ def test_a_refused_resume_deletes_nothing(tmp_path, whole, refused):
     assert [path.name for path in checkpoints.saved(out / "checkpoints")] == names and len(names) == 3
 
 
-def test_one_training_writes_to_a_folder(tmp_path, refused):
+def test_one_training_writes_to_a_folder(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(outputs, "WAIT", 0.3)
     fcntl = pytest.importorskip("fcntl")
     out = tmp_path / "run"
     out.mkdir()

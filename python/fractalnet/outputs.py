@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Log", "compare", "conclude", "differences", "find", "flat", "introduce", "prepare", "versions"]
 
+WAIT = 10.0  # seconds for the data workers of a training that was killed, which hold its lock until they notice
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
 RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
 # Beside the number of epochs, in which a run of the paper's recipe may differ from it.
@@ -81,15 +83,20 @@ def find(out: Path, resume: str | None, overwrite: bool) -> Path | None:
 @contextlib.contextmanager
 def alone(fabric: Fabric, out: Path) -> Iterator[None]:
     """No other training writes to the folder meanwhile: of two, each would spoil the other's log."""
-    taken, handle = False, None
+    taken, handle, until = False, None, time.monotonic() + WAIT
     if fabric.is_global_zero and fcntl is not None:
         handle = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:  # of a file system that has no locks
-            pass
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = time.monotonic() > until
+                if not taken:
+                    time.sleep(0.1)
+                    continue
+            except OSError:  # of a file system that has no locks
+                pass
+            break
     try:
         if fabric.broadcast(taken):
             raise UserError(f"{out}: another training writes to this folder")
