@@ -26,6 +26,10 @@ constexpr int lanes(Kernel kernel, int itemsize, int k, int np, Axis axis) {
   return v;
 }
 
+// Whether there is an instance of half as many lanes too: rows of pixels that 8 half-precision values do not divide are
+// common, those of 14x14 images.
+constexpr bool has_half(int np, Axis axis) { return np == 1 && axis == Axis::kPixels; }
+
 #if defined(__CUDA_ARCH__)
 constexpr int kArchitecture = __CUDA_ARCH__ / 10;
 #else

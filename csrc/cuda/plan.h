@@ -38,15 +38,22 @@ inline Plan make_plan(Kernel kernel, Args& a, int itemsize, int np, int Hout, in
   p.axis = channels_last ? Axis::kChannels : Axis::kPixels;
   p.k = stats ? 1 : *std::lower_bound(std::begin(kClasses), std::end(kClasses), a.k);
   p.lanes = lanes(kernel, itemsize, p.k, np, p.axis);
-  const int width = np == 4 && p.axis == Axis::kPixels ? 2 * p.lanes : p.lanes;
-  bool aligned = true;
-  for (int b = 0; b < a.k; ++b) {
-    if (a.reads_y) aligned &= is_aligned(a.y[b], p.axis, width, itemsize, a.N, a.C, a.H, a.W);
-    if (kernel == Kernel::kApply) aligned &= is_aligned(a.dy[b], p.axis, width, itemsize, a.N, a.C, a.H, a.W);
+  const auto aligned = [&](int lanes) {
+    const int width = np == 4 && p.axis == Axis::kPixels ? 2 * lanes : lanes;
+    bool good =
+        stats || is_aligned(a.out, p.axis, lanes, itemsize, a.N, a.C, Hout, np == 4 && !channels_last ? a.W / 2 : Wout);
+    for (int b = 0; b < a.k; ++b) {
+      if (a.reads_y) good &= is_aligned(a.y[b], p.axis, width, itemsize, a.N, a.C, a.H, a.W);
+      if (kernel == Kernel::kApply) good &= is_aligned(a.dy[b], p.axis, width, itemsize, a.N, a.C, a.H, a.W);
+    }
+    return good;
+  };
+  if (!aligned(p.lanes)) {
+    if (has_half(np, p.axis) && aligned(p.lanes / 2))
+      p.lanes /= 2;
+    else
+      p.axis = Axis::kChannels, p.lanes = 1;
   }
-  if (!stats)
-    aligned &= is_aligned(a.out, p.axis, p.lanes, itemsize, a.N, a.C, Hout, np == 4 && !channels_last ? a.W / 2 : Wout);
-  if (!aligned) p.axis = Axis::kChannels, p.lanes = 1;
 
   const bool pixels = p.axis == Axis::kPixels;
   const int vectors = pixels ? a.C : (a.C + p.lanes - 1) / p.lanes;

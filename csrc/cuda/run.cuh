@@ -25,8 +25,11 @@ void start(const Plan& p, const Args& a, Stream stream) {
 
 template <Kernel E, class T, int K, int NP>
 void start(const Plan& p, const Args& a, Stream stream) {
+  constexpr int V = lanes(E, sizeof(T), K, NP, Axis::kPixels);
+  if constexpr (has_half(NP, Axis::kPixels))
+    if (p.axis == Axis::kPixels && p.lanes == V / 2) return start<E, T, K, NP, Axis::kPixels, V / 2>(p, a, stream);
   if (p.axis == Axis::kPixels)
-    start<E, T, K, NP, Axis::kPixels, lanes(E, sizeof(T), K, NP, Axis::kPixels)>(p, a, stream);
+    start<E, T, K, NP, Axis::kPixels, V>(p, a, stream);
   else if (p.lanes > 1)
     start<E, T, K, NP, Axis::kChannels, lanes(E, sizeof(T), K, NP, Axis::kChannels)>(p, a, stream);
   else
