@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch.fx
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, MeanJoin, StepConv2d
 
@@ -33,7 +34,10 @@ class _Tracer(torch.fx.Tracer):
     """Follows containers down to the modules that are looked for, and past this package's functions."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, sys.modules[__package__]))  # type: ignore[arg-type]
+        package = sys.modules[__package__]
+        super().__init__(autowrap_modules=(math, package))  # type: ignore[arg-type]
+        # Not its classes: a forward may ask for them.
+        self._autowrap_function_ids -= {id(value) for value in vars(package).values() if isinstance(value, type)}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
@@ -113,19 +117,22 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """A trace runs ``forward``: modes, attributes, buffers and random numbers are put back."""
-    modules = list(model.modules())
-    attributes = [(vars(m), dict(vars(m))) for m in modules]
-    registers = [(held, dict(held)) for m in modules for held in (m._buffers, m._modules)]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    """A trace runs ``forward``: modes, assigned attributes, buffers and PyTorch's random numbers are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
+    modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
+    held = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules)]
+    before = [dict(d) for d in held]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        for held, before in (*attributes, *registers):
-            held.clear()
-            held.update(before)
+        for d, values in zip(held, before, strict=True):
+            d.clear()
+            d.update(values)
+        for module, mode in modes:
+            module.training = mode
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version:

@@ -227,6 +227,27 @@ def test_fuse_leaves_no_trace():
     assert model.seen is None and model.steps == 0 and torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fuse_beside_modules_of_other_kinds():
+    """Scripted ones keep their mode and buffers, lazy ones have none yet, and a forward may ask for our classes."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu, self.lazy = nn.BatchNorm2d(3), nn.ReLU(), nn.LazyBatchNorm2d()
+            self.drop = torch.jit.script(nn.Dropout())
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps.add_(1)
+            y = self.lazy(self.drop(self.relu(self.bn(x))))
+            return y if isinstance(self.bn, BatchNormReLU2d | fractal_kernels.BNReLUJoin) else -y
+
+    model = Model()
+    assert fuse(model).fused == ["bn"]
+    assert model.training and model.drop.training and model.steps == 0
+
+
 class Optional(nn.Module):
     """Without the option its batch norm has no ReLU."""
 

@@ -231,6 +231,8 @@ def test_only_the_papers_recipe_is_set_beside_the_paper(tmp_path, capsys):
         ["--batch_size", "8"],
     ):
         assert outputs.compare([metrics_of(name, *other)]) == ""
+    wrong = [metrics_of(name) | {"config": {"epochs": 0}}, metrics_of(name) | {"config": []}]
+    assert outputs.compare(wrong) == ""
     for folder, text in (("a", json.dumps(metrics_of(name))), ("b", "{"), ("c", '{"recipe": 3}'), ("d", "[]")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "metrics.json").write_text(text)

@@ -59,12 +59,12 @@ class Block(nn.Module):
         """``to(memory_format=torch.channels_last)`` moves the elements of every 4-dim parameter. These are in that
         format as they are, seen as convolution weights; moved, they and their gradients would be copied in every step.
         """
-        super()._apply(fn, recurse)
-        for p in self.parameters():
-            for holder in (p, p.grad):
-                if holder is not None and not holder.is_contiguous():
-                    holder.data = holder.data.contiguous()
-        return self
+
+        def in_place(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out.contiguous() if t.is_contiguous() and not out.is_contiguous() else out
+
+        return super()._apply(in_place, recurse)
 
     def rate(self, place: str) -> float:
         """The dropout rate at this place: 0 unless it is the block's."""

@@ -371,7 +371,10 @@ def compare(runs: Iterable[dict[str, Any]]) -> str:
 
 def is_recipe(metrics: dict[str, Any]) -> bool:
     """Whether a run's options are its recipe's, but for its length and what changes rounding and random numbers."""
-    _, plain = load(metrics["recipe"], ["--epochs", str(metrics["config"]["epochs"])])
+    try:
+        _, plain = load(metrics["recipe"], ["--epochs", str(metrics["config"]["epochs"])])
+    except (UserError, KeyError, TypeError):  # of another program, or of another time
+        return False
     return not differences(plain, metrics["config"], (*FREE, *UNIMPORTANT))
 
 
