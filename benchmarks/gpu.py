@@ -47,7 +47,8 @@ ALWAYS = ("build", "test", "kernels", "steps")
 GRACE = 20  # seconds between the last test's end and a stage's limit
 FILES = ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda", "running", "recompute")
 TESTS = [f"tests/test_{name}.py" for name in FILES]
-SANITIZED = "(number_of_branches_and_dtypes or (test_vector_loads and channel_slice)) and not triton"
+SANITIZED = "number_of_branches_and_dtypes or half_of_a_vector or (test_vector_loads and channel_slice)"
+SANITIZED = f"({SANITIZED}) and not triton"
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [

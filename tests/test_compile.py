@@ -172,11 +172,10 @@ def test_a_changing_batch_compiles_once(case, layout):
         assert counter.frame_count == graphs, f"compiled again for a batch of {n}"
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_smaller_last_batch_of_drop_path_per_sample(compiler):
+def test_a_smaller_last_batch_of_drop_path_per_sample():
     """The size of the mask is one that the compiler does not know."""
     module = DropPathJoin(0.5, "sample")
-    compiled = torch.compile(module, backend=compiler, fullgraph=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for n in (8, 8, 5, 3):
         out = compiled([torch.full((n, 2, 2, 2), 1.0), torch.full((n, 2, 2, 2), 3.0)])
         assert out.shape == (n, 2, 2, 2) and set(out.unique().tolist()) <= {1.0, 2.0, 3.0}

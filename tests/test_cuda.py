@@ -23,8 +23,6 @@ from fractal_kernels import BackendUnavailable, available_backends, backends, bn
 HERE = Path(__file__).resolve().parent
 SUITE = [str(HERE / name) for name in ("test_ops.py", "test_running.py", "test_gpu.py", "test_cuda.py")]
 # By the sanitizers: all flags, and what is at the edges.
-# Rows of pixels of what a full load has, of nothing of it, and of half of it: 12 in half precision, 6 in float32.
-SHAPES = [(2, 16, 4, 16), (2, 5, 5, 7), (2, 3, 6, 2), (2, 3, 3, 2)]
 EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
 needs_compiler = pytest.mark.skipif(cuda_code.compiler() is None, reason="needs a C++ compiler: c++ or g++")
 thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make cuda-check: FRACTAL_CUDA=all")
@@ -60,7 +58,7 @@ def _aligned_slice(y):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=["aligned", "odd", "half of 8", "half of 4"])
+@pytest.mark.parametrize("shape", [(2, 16, 4, 16), (2, 5, 5, 7)], ids=["aligned", "odd"])
 def test_number_of_branches_and_dtypes(shape, gpu_backend):
     """Each number of branches in each dtype, with and without pooling, in both layouts."""
     if gpu_backend != "cuda":
@@ -71,6 +69,18 @@ def test_number_of_branches_and_dtypes(shape, gpu_backend):
                 for layout in ("channels_last", "contiguous"):
                     case = Case(k, pool=pool, mask=("none", "sample")[k % 2])
                     check(case, draw(case, dtype, shape, [layout]), gpu_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_of_a_vector(dtype, gpu_backend):
+    """Contiguous pixels that half a load divides and a whole one does not: 6 of float32, 12 of half precision."""
+    if gpu_backend != "cuda":
+        pytest.skip("for the CUDA kernels, which have instances for it")
+    shape = (2, 3, 3, 2) if dtype == torch.float32 else (2, 3, 6, 2)
+    for k in (1, 2, 3, 4, 8):
+        case = Case(k, mask=("none", "sample")[k % 2])
+        check(case, draw(case, dtype, shape, ["contiguous"]), gpu_backend)
 
 
 @pytest.mark.gpu
