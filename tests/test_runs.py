@@ -18,6 +18,7 @@ from fractalnet import FractalNet, checkpoints, config, create, drop_path, evalu
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 from image_files import write_folder  # noqa: E402
+from test_train import quick  # noqa: E402, F401
 
 RECIPE = {
     "network": {"columns": 2, "channels": [4, 6]},
@@ -27,12 +28,6 @@ RECIPE = {
     "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
     "tensorboard": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def quick(same_start, monkeypatch):
-    torch.set_num_threads(1)
-    monkeypatch.setattr(evaluate, "PASSES", 1)
 
 
 def written(folder, **changes):

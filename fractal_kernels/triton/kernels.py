@@ -5,8 +5,8 @@ channels and walks tiles of BP sites, ``tile, tile + programs, ...``; parameters
 registers. In channels_last channels are contiguous, else pixels are, and the compiler orders the threads accordingly.
 FLAT: pixels are evenly spaced over the samples too and nobody asks which sample one is in, so none is divided out.
 Passes: each live y once, each output once. What a mask drops is not loaded: the loads are predicated, per site. WIDE:
-64-bit offsets. Arithmetic is float32; sums go to one partial per program and are merged in the order of the programs,
-without atomics.
+64-bit offsets; there are (count - 1) // BP + 1 tiles, since count + BP may pass 2**31. Arithmetic is float32; sums go
+to one partial per program and are merged in the order of the programs, without atomics.
 """
 
 import triton
@@ -210,8 +210,8 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
 def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta, programs, C, K: tl.constexpr,
                 UPDATE: tl.constexpr, HAS_M: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Chan's merge of the partials: each row of the tile takes every BG-th in the order of the programs, then the rows
-    are merged; and the running statistics of a branch that had values, K means and K variances. Grid: (branch, channel
-    blocks)."""
+    are merged; and the running statistics of a branch that had values, K means and K variances. Grid: (channel blocks,
+    branch)."""
     b = tl.program_id(1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     base = tl.load(partial + 3 * b * C + c, c < C, other=0.0)
@@ -252,7 +252,7 @@ def merge_stats(mean, var, counts, partial, numbers, running, momentum, momenta,
 
 @triton.jit(do_not_specialize=("programs",))
 def merge_sums(sum_dz, sum_dzx, partial, programs, C, K: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr):
-    """Sums of the partials in the order of the programs. Grid: (2k, channel blocks)."""
+    """Sums of the partials in the order of the programs. Grid: (channel blocks, 2k)."""
     i = tl.program_id(1)
     c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
     s = tl.zeros([BG, BC], tl.float32)

@@ -14,7 +14,7 @@ from .files import UserError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["fabric_for", "zero_momenta"]
+__all__ = ["fabric_for", "unfuse", "zero_momenta"]
 
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
@@ -58,6 +58,12 @@ def fabric_for(config: Config) -> Fabric:
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
         raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
     return fabric
+
+
+def unfuse(optimizer: torch.optim.Optimizer) -> None:
+    """PyTorch has no fused SGD of sharded weights."""
+    for group in optimizer.param_groups:
+        group["fused"] = False
 
 
 def zero_momenta(optimizer: torch.optim.Optimizer) -> None:

@@ -305,8 +305,9 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
         "history": this.history,
     }
     images = trained.facts(this.config.data, this.augment)
-    files = {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)}
-    write(out, files)  # whatever becomes of what follows
+    # First and by itself, whatever becomes of what follows.
+    write(out, {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)})
+    files: dict[str, bytes] = {}
     if len(columns) > 1:
         files["accuracy.png"] = plots.accuracies(columns)
     measured = [row for row in this.history if "holdout" in row]
@@ -321,7 +322,7 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
     files["metrics.json"] = as_json(metrics)
     files["report.md"] = report(metrics, tables, [f for f in files if f.endswith(".png")]).encode()
     write(out, files)
-    print("\n" + "\n\n".join(tables) + f"\n\nwrote {', '.join(files)} to {out}")
+    print("\n" + "\n\n".join(tables) + f"\n\nwrote {', '.join(['model.pt', *files])} to {out}")
     return metrics
 
 
@@ -356,7 +357,7 @@ def compare(runs: Iterable[dict[str, Any]]) -> str:
     for metrics in runs:
         if metrics["recipe"] not in known or not is_recipe(metrics):
             continue
-        for what, printed in known.get(metrics["recipe"], {}).items():
+        for what, printed in known[metrics["recipe"]].items():
             contender, _, top = what.partition(" top ")
             score = next((c for c in metrics["columns"] if c["name"] == contender), None)
             if what == "crops" or score is None:

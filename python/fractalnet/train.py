@@ -24,7 +24,7 @@ from torch import Tensor
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
-from .devices import fabric_for, zero_momenta
+from .devices import fabric_for, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import Stopped, UserError, folder_for, require
 from .graphed import GraphedStep
@@ -68,8 +68,7 @@ def signals() -> Iterator[list[int]]:
 
 def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
     """The network of a recipe for these images, and all the arguments that make it."""
-    size = dataset.image_size
-    shape = {"num_classes": len(dataset.classes), "in_channels": dataset.channels, "image_size": size}
+    shape = {"num_classes": len(dataset.classes), "in_channels": dataset.channels, "image_size": dataset.image_size}
     if len(dataset.classes) < 2:
         raise UserError(f"data {dataset.name}: expected 2 classes or more, got {len(dataset.classes)}")
     arguments = {**shape, **config.network}
@@ -78,8 +77,7 @@ def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[Fracta
         ("in_channels", str(shape["in_channels"]), arguments["in_channels"] == shape["in_channels"]),
     ):
         if not fits:
-            got = arguments[name]
-            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {got}")
+            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {arguments[name]}")
     return evaluate.build(arguments, what), arguments
 
 
@@ -118,9 +116,8 @@ class Run:
         if kind in ("LBFGS", "SparseAdam"):
             why = "it calls the step again" if kind == "LBFGS" else "its gradients are sparse"
             raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {why}")
-        if config.strategy == "fsdp" and kind == "SGD":  # PyTorch has no fused SGD of sharded weights; it is as exact
-            for group in self.optimizer.param_groups:
-                group["fused"] = False
+        if config.strategy == "fsdp" and kind == "SGD":
+            unfuse(self.optimizer.optimizer)
         fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
         if config.precision == "fp16" and config.clip is not None and fused:
             raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
