@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, sync
+from . import backends, checks, reference, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
-from .library import Flags, accumulate_dtype, to_layout
-from .ops.once import once_differentiable
+from .block_rows import live_samples
+from .library import POOL, Flags, accumulate_dtype, to_layout
+from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .schedule import schedule
 
 __all__ = ["BlockOutput", "fractal_block"]
@@ -39,6 +40,34 @@ def _runs_once() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _gradients(ctx: Any, grad: Tensor, *_unused: object) -> Gradients | None:
+    """Of the block as it is defined: row by row, everything, masked."""
+    dropout, eps, flags, group = (ctx.options[i] for i in (1, 2, 3, 6))
+    if group or (dropout and ctx.batch_stats):
+        return None  # statistics of other ranks; a noise that only the operators have
+    saved = inputs_of(ctx)
+    x, path, conv_bias, gamma, beta, mean, var, _ = saved[:8]
+    weights: list[Any] = saved[8 : 8 + ctx.rows]
+    plan = schedule(ctx.rows.bit_length())
+    keep: Any = path
+    keep = (live_samples(plan.columns, keep) if keep.dim() == 3 and flags & Flags.STATS_LIVE else keep).to(grad.device)
+    fixed = [None, None] if ctx.batch_stats else [mean, var]
+    source: Any = x
+    branches: dict[int, Tensor] = {}
+    for row, (starts, ends) in enumerate(zip(plan.starts, plan.ends, strict=True)):
+        bias = None if conv_bias is None else conv_bias[[u.id for u in starts]].flatten()
+        y = torch.conv2d(source, weights[row], bias, padding=1)
+        branches |= {u.id: part for u, part in zip(starts, y.chunk(len(starts), 1), strict=True)}
+        means, vars = ([t[u.id] for u in ends] if t is not None else None for t in fixed)
+        gammas, betas = ([t[u.id] for u in ends] if t is not None else [] for t in (gamma, beta))
+        code = flags if row == ctx.rows - 1 else flags & ~POOL
+        ys = [branches.pop(u.id) for u in ends]
+        joined = reference.normalised_join(ys, keep[row, ends[0].column :], means, vars, gammas, betas, eps, code)
+        source = joined.to(grad.dtype)
+    options = [None] * 8
+    return gradients(ctx, source, [x, None, conv_bias, gamma, beta, None, None, *options, *weights], grad)
 
 
 class _Block(torch.autograd.Function):
@@ -70,14 +99,14 @@ class _Block(torch.autograd.Function):
         ctx.donates = not fixed and x.device.type == "cpu" and not _is_watched()
         if save:
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
-            ctx.save_for_backward(x, path, gamma, beta, *stats, count, *weights, *saved)
+            ctx.save_for_backward(x, path, conv_bias, gamma, beta, *stats, count, *weights, *saved)
         ctx.mark_non_differentiable(count, batch_mean, batch_var)
         return out, count, batch_mean, batch_var
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_gradients)
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        x, path, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
+        x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs_x = ctx.needs_input_grad[0]
         dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
@@ -162,6 +191,7 @@ def fractal_block(
         outputs' gradients are written over them, unless the graph is kept or saved_tensors_hooks see it.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
+        RuntimeError: a gradient of dropout in training, or over a group, is differentiated.
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), equation 1 and section 3.
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 
 import torch
@@ -26,6 +27,11 @@ def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is; on "meta" there is none."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """For what runs in the dtype of its operands, whether or not a backward runs under autocast."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def branches(op: str, inputs: object) -> list[Tensor]:

@@ -7,6 +7,8 @@ that a NaN in a dropped branch stays there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,9 @@ def _xhat(y: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     return (y.to(mean.dtype) - _per_channel(mean, y)) * _per_channel((var + eps).rsqrt(), y)
 
 
-def _normalised(ys: List, means: List, vars: List, weights: List, biases: List, eps: float) -> List:
+def _normalised(
+    ys: List, means: Sequence[Tensor], vars: Sequence[Tensor], weights: List, biases: List, eps: float
+) -> List:
     if not means:
         return [y.to(accumulate_dtype(y.dtype)) for y in ys]
     zs = [_xhat(y, mean, var, eps) for y, mean, var in zip(ys, means, vars, strict=True)]
@@ -63,7 +67,7 @@ def _unpool(value: Tensor, grad: Tensor) -> Tensor:
     return out.scatter_(2, where.flatten(2), grad.flatten(2)).view_as(value)
 
 
-def _dz(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:
+def input_gradients(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:
     """The gradient at every z_i."""
     g = grad.to(zs[0].dtype)
     out = _joined(zs, mask, flags)
@@ -83,6 +87,18 @@ def _dz(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:
     return dzs
 
 
+def statistics(y: Tensor, mask: Tensor | None, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of the values of branch i."""
+    axes = [d for d in range(y.dim()) if d != 1]
+    alive = _alive(mask, i, y).expand(y.shape[0], *(1,) * (y.dim() - 1))
+    count = alive.sum() * y[:1, :1].numel()
+    number = count.clamp(min=1)
+    mean = torch.where(alive, y.to(accumulate_dtype(y.dtype)), 0).sum(axes) / number
+    away = torch.where(alive, y - _per_channel(mean, y), 0)
+    shift = away.sum(axes) / number  # what rounding left of the mean in a long sum
+    return mean + shift, away.square().sum(axes) / number - shift.square(), count
+
+
 def channel_stats(
     mean: Tensor,
     var: Tensor,
@@ -94,16 +110,8 @@ def channel_stats(
     momenta: Tensor | None,
     channels_last: bool,
 ) -> None:
-    axes = [d for d in range(ys[0].dim()) if d != 1]
     for i, y in enumerate(ys):
-        alive = _alive(mask, i, y).expand(y.shape[0], *(1,) * (y.dim() - 1))
-        count[i] = alive.sum() * y[:1, :1].numel() if y.shape[0] else 0
-        number = count[i].clamp(min=1)
-        mean[i] = torch.where(alive, y.to(mean.dtype), 0).sum(axes) / number
-        away = torch.where(alive, y - _per_channel(mean[i], y), 0)
-        shift = away.sum(axes) / number  # what rounding left of the mean in a long sum
-        mean[i] += shift
-        var[i] = away.square().sum(axes) / number - shift.square()
+        mean[i], var[i], count[i] = statistics(y, mask, i)
     if running:
         update_running(running, mean, var, count, momentum if momenta is None else momenta)
 
@@ -115,6 +123,39 @@ def update_running(running: List, mean: Tensor, var: Tensor, count: Tensor, mome
     batch = zip((*mean.unbind(), *unbiased.unbind()), (*factors, *factors), running, strict=True)
     pairs = [(new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch]
     torch._foreach_lerp_(running, [new for new, _ in pairs], [share for _, share in pairs])
+
+
+def join(
+    ys: List,
+    mask: Tensor | None,
+    means: Sequence[Tensor],
+    vars: Sequence[Tensor],
+    weights: List,
+    biases: List,
+    eps: float,
+    flags: int,
+) -> Tensor:
+    j = _joined(_normalised(ys, means, vars, weights, biases, eps), mask, flags)
+    j = F.relu(j) if flags & Flags.RELU_OUTPUT else j
+    return F.max_pool2d(j, 2) if flags & Flags.POOL_AFTER else j
+
+
+def normalised_join(
+    ys: List,
+    mask: Tensor | None,
+    means: Sequence[Tensor] | None,
+    vars: Sequence[Tensor] | None,
+    weights: List,
+    biases: List,
+    eps: float,
+    flags: int,
+) -> Tensor:
+    """A join to be differentiated, by the batch's own statistics where none are given. A value that is dropped has no
+    part in any gradient, be it NaN."""
+    if means is None or vars is None:
+        of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
+        means, vars, _ = zip(*(statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)), strict=True)
+    return join([_where_alive(mask, i, y) for i, y in enumerate(ys)], mask, means, vars, weights, biases, eps, flags)
 
 
 def join_forward(
@@ -129,9 +170,7 @@ def join_forward(
     flags: int,
     channels_last: bool,
 ) -> None:
-    j = _joined(_normalised(ys, means, vars, weights, biases, eps), mask, flags)
-    j = F.relu(j) if flags & Flags.RELU_OUTPUT else j
-    out.copy_(F.max_pool2d(j, 2) if flags & Flags.POOL_AFTER else j)
+    out.copy_(join(ys, mask, means, vars, weights, biases, eps, flags))
 
 
 def join_backward_reduce(
@@ -148,7 +187,7 @@ def join_backward_reduce(
     flags: int,
     channels_last: bool,
 ) -> None:
-    dzs = _dz(grad, _normalised(ys, means, vars, weights, biases, eps), mask, flags)
+    dzs = input_gradients(grad, _normalised(ys, means, vars, weights, biases, eps), mask, flags)
     for i, (dz, y) in enumerate(zip(dzs, ys, strict=True)):
         axes = [d for d in range(dz.dim()) if d != 1]
         sum_dz[i] = dz.sum(axes)
@@ -171,9 +210,11 @@ def join_backward_apply(
     channels_last: bool,
 ) -> None:
     if ys:
-        dzs = _dz(grad, _normalised(ys, means, vars, weights, biases, eps), mask, flags)
+        dzs = input_gradients(grad, _normalised(ys, means, vars, weights, biases, eps), mask, flags)
     else:  # a plain mean: the gradient does not depend on the inputs' values
-        dzs = _dz(grad, [torch.zeros_like(grad, dtype=accumulate_dtype(grad.dtype))] * len(dys), mask, flags)
+        dzs = input_gradients(
+            grad, [torch.zeros_like(grad, dtype=accumulate_dtype(grad.dtype))] * len(dys), mask, flags
+        )
     for i, (dy, dz) in enumerate(zip(dys, dzs, strict=True)):
         if not means:
             dy.copy_(dz)

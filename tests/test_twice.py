@@ -1,59 +1,168 @@
-"""What a step may do twice: differentiate, which is refused and said, and call a module in both modes."""
+"""What a step may do twice: differentiate (gradient penalties, Hessians), and call a module in both modes."""
 
 from __future__ import annotations
 
 import copy
 
+import fractalnet
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradgradcheck
 
 import fractal_kernels as fk
 from fractal_kernels.ops.conv import conv2d_1x1_pooled
 
 LAST = torch.channels_last
-
-
-def block(x: Tensor) -> Tensor:
-    weights = [torch.randn(32, 16, 3, 3).to(x.dtype), torch.randn(16, 16, 3, 3).to(x.dtype)]
-    return fk.fractal_block(x, weights, None, None, torch.ones(2, 2, dtype=torch.bool)).out
-
-
-def step(x: Tensor) -> Tensor:
-    weight = torch.randn(16, 16, 3, 3).to(x).to(memory_format=LAST)
-    return fk.conv_bn_relu(x, weight, None, None, None, None, True)
-
-
-OPERATORS = {
-    "bn_relu": lambda x: fk.bn_relu(x, None, None, None, None, True),
-    "bn_relu_join": lambda x: fk.bn_relu_join([x, 2 * x], None, None, None, None, None, True, pool="before"),
-    "conv_bn_relu": step,
-    "conv2d_1x1_pooled": lambda x: conv2d_1x1_pooled(x, torch.randn(8, 16, 1, 1), "cpu").square(),
-    "fractal_block": block,
+MASKS = {
+    "none": None,
+    "batch": torch.tensor([True, False]),
+    "sample": torch.tensor([[True, False, True], [True, True, False]]),
 }
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_second_derivatives_are_refused(name):
-    """Also where the incoming gradient is a constant, of a sum: else a gradient penalty would lack its derivative."""
-    x = torch.randn(4, 16, 8, 8).to(memory_format=LAST).requires_grad_()
-    grads = []
-    for create_graph in (False, True):
-        torch.manual_seed(0)
-        out = OPERATORS[name](x)
-        grads += torch.autograd.grad((out * torch.linspace(0, 1, out.shape[-1])).sum(), x, create_graph=create_graph)
-    assert torch.equal(*grads) and grads[1].requires_grad
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def penalty(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Of a gradient penalty, the squared gradient of a sum: its gradients by x and by all parameters."""
+    (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    by = [x, *net.parameters()]
+    return list(torch.autograd.grad(grad.square().sum(), by, materialize_grads=True))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_penalty_is_that_of_plain_modules(dtype, mode):
+    """Of what `fuse` makes of a network, activations kept or computed again; the incoming gradient is constant."""
+    torch.manual_seed(0)
+    step = [m for _ in range(2) for m in (nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())]
+    net = nn.Sequential(*step).to(dtype).to(memory_format=LAST).train(mode)
+    for norm in (net[1], net[4]):
+        nn.init.normal_(norm.weight, 1.0, 0.2)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(4, 16, 6, 6).to(dtype).to(memory_format=LAST).requires_grad_()
+    kept, again = copy.deepcopy(net), copy.deepcopy(net)
+    assert len(fk.fuse(kept).fused) == 2 and len(fk.fuse(again, recompute=True).fused) == 2
+    true = penalty(copy.deepcopy(net).double(), x.detach().double().requires_grad_())
+    eager = penalty(net, x)
+    for fused in (kept, again):
+        for g, e, t in zip(penalty(fused, x), eager, true, strict=True):
+            rounding = 4 * (e - t).abs().max() if dtype == torch.bfloat16 else 1e-5 * t.abs().max()
+            assert g.dtype == e.dtype and (g - t).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("stats", ["all", "live"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("pool", [None, "before", "after"])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_of_joins(training, pool, mask, stats):
+    torch.manual_seed(0)
+    means = [torch.randn(2, dtype=torch.float64) for _ in range(2)]
+    variances = [torch.rand(2, dtype=torch.float64) + 0.5 for _ in range(2)]
+    for reduction, activation in (("mean", "branch"), ("sum", "output"), ("mean", "none")):
+
+        def join(a: Tensor, b: Tensor, *affine: Tensor) -> Tensor:
+            options = {"reduction": reduction, "activation": activation, "pool": pool, "stats": stats}  # noqa: B023
+            running = [r.clone() for r in means], [r.clone() for r in variances]
+            return fk.bn_relu_join(
+                [a, b], affine[:2] or None, affine[2:] or None, *running, MASKS[mask], training, **options
+            )
+
+        affine = [double(2) for _ in range(0 if reduction == "sum" else 4)]
+        assert gradgradcheck(join, [double(3, 2, 2, 3), double(3, 2, 2, 3), *affine], fast_mode=True)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("pool", [None, "before", "after"])
+def test_second_derivative_of_a_mean(pool, mask):
+    """It is linear but for the places of maxima: a constant gradient's gradient is zero, and another's goes on."""
+    inputs = [double(3, 2, 4, 5), double(3, 2, 4, 5)]
+    assert gradgradcheck(lambda *ys: fk.masked_mean_join(ys, MASKS[mask], pool=pool), inputs)
+    (grad,) = torch.autograd.grad(
+        fk.masked_mean_join(inputs, MASKS[mask], pool=pool).sum(), inputs[0], create_graph=True
+    )
+    assert not grad.requires_grad
+
+
+def test_second_derivatives_of_convolutions():
+    torch.manual_seed(0)
+    x, ours, thin = double(2, 16, 3, 4), double(16, 16, 3, 3), double(3, 16, 1, 1)
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        x, w = (t.to(memory_format=LAST) for t in (x, w))
+        return fk.conv_bn_relu(x, w, None, None, None, None, True)
+
+    assert gradgradcheck(step, [x, ours], fast_mode=True)
+    assert gradgradcheck(lambda x, w: conv2d_1x1_pooled(x, w, "cpu").square(), [x, thin], fast_mode=True)
+
+
+PATH = torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.bool).squeeze(1)
+SAMPLES = torch.tensor([[[0, 0, 0], [1, 1, 0]], [[1, 1, 1], [0, 1, 1]]], dtype=torch.bool)
+BLOCKS = {
+    "batch": {"path": PATH},
+    "batch, before": {"path": ~PATH.flip(1) | PATH, "pool": "before", "conv_bias": True},
+    "samples": {"path": SAMPLES, "pool": "after"},
+    "samples, live": {"path": SAMPLES, "stats": "live"},
+    "dense": {"path": PATH, "dense": True},
+    "fixed": {"path": PATH, "fixed": True, "conv_bias": True, "dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_second_derivatives_of_a_block(name):
+    torch.manual_seed(0)
+    options = {"pool": None, **BLOCKS[name]}
+    path, fixed, biased = options.pop("path"), options.pop("fixed", False), options.pop("conv_bias", False)
+    stats = (
+        [torch.randn(3, 2, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64) + 0.5] if fixed else [None] * 2
+    )
+
+    def block(x: Tensor, wide: Tensor, deep: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None = None) -> Tensor:
+        return fk.fractal_block(
+            x, [wide, deep], gamma, beta, path, conv_bias=bias, mean=stats[0], var=stats[1], **options
+        ).out
+
+    inputs = [double(3, 2, 3, 4), double(4, 2, 3, 3), double(2, 2, 3, 3), *(double(3, 2) for _ in range(2 + biased))]
+    first = torch.autograd.grad(block(*inputs).square().sum(), inputs)
+    again = torch.autograd.grad(block(*inputs).square().sum(), inputs, create_graph=True)
+    for a, b in zip(first, again, strict=True):  # zeros, not None, where nothing lives
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert gradgradcheck(block, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.5])
+def test_second_derivatives_of_a_network(mix):
+    """Fused, and composed: of 1x1 convolutions, joins without batch norm and pooled projections, too."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(3, 2, (4, 6), in_channels=2, image_size=4, kernel_mix=mix).double()
+    path, x = fractalnet.drop_path.full_path(2, 2), double(2, 2, 4, 4)  # gradgradcheck knows no dead weights
+    assert gradgradcheck(lambda x, *_: net(x, path=path), [x, *net.parameters()], fast_mode=True)
+
+
+def test_a_value_that_is_dropped_stays_out_of_second_derivatives():
+    x, y = (torch.randn(3, 2, 4, 4, requires_grad=True) for _ in range(2))
+    w = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        y[1].fill_(float("nan"))
+    for training in (True, False):
+        stats = ([torch.zeros(2)] * 2, [torch.ones(2)] * 2)
+        mask = torch.tensor([[True, True, True], [True, False, True]])
+        out = fk.bn_relu_join([x, y], w, w, *stats, mask, training, stats="live")
+        grads = torch.autograd.grad(out.square().sum(), [x, y, *w], create_graph=True)
+        grads += torch.autograd.grad(sum(g.square().sum() for g in grads), [x, y, *w])
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_what_cannot_be_differentiated_twice_is_refused():
+    """A noise that only the block's operators have; also where the incoming gradient is a constant."""
+    x, weights = torch.randn(4, 16, 8, 8, requires_grad=True), [torch.randn(32, 16, 3, 3), torch.randn(16, 16, 3, 3)]
+    out = fk.fractal_block(x, weights, None, None, torch.ones(2, 2, dtype=torch.bool), dropout=0.5).out
+    (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert grad.requires_grad
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        grads[1].square().sum().backward()
-
-
-def test_second_derivative_of_a_mean():
-    """It is linear: a constant gradient's gradient is constant, and PyTorch's mean has none, either."""
-    x = torch.randn(4, 3, 8, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(fk.masked_mean_join([x, 2 * x]).square().sum(), x, create_graph=False)
-    assert torch.allclose(grad, 4.5 * x)
-    (grad,) = torch.autograd.grad(fk.masked_mean_join([x, 2 * x]).sum(), x, create_graph=True)
-    assert torch.allclose(grad, torch.tensor(1.5)) and not grad.requires_grad
+        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["bn_relu", "join"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from .. import backends, checks, conv3x3
 from ..library import _LIB, Flags, empty, to_layout
 from .bn_relu import normalised
-from .once import once_differentiable
+from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
 __all__ = ["conv2d_1x1_pooled", "conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
 
@@ -61,6 +60,11 @@ def _conv3x3_backward_fake(
     return tuple(empty(t.shape, t, True) if needs else x.new_empty(0) for t, needs in needed)  # type: ignore[return-value]
 
 
+def _conv3x3_gradients(ctx: Any, grad: Tensor) -> Gradients:
+    x, weight = inputs = inputs_of(ctx)
+    return gradients(ctx, torch.conv2d(x, weight, padding=1), inputs, grad)  # type: ignore[arg-type]
+
+
 class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
@@ -69,7 +73,7 @@ class _Conv3x3(torch.autograd.Function):
         return _OPS.conv3x3(x, weight, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_conv3x3_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
@@ -98,9 +102,13 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
 
 
 def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """In the dtype of its operands, whether or not a backward runs under autocast."""
-    with torch.autocast(x.device.type, enabled=False) if checks.is_autocast(x) else nullcontext():
+    with checks.without_autocast(x):
         return torch.conv2d(x, weight)
+
+
+def _pooled_conv1x1_gradients(ctx: Any, grad: Tensor) -> Gradients:
+    x, weight = inputs = inputs_of(ctx)
+    return gradients(ctx, F.max_pool2d(torch.conv2d(x, weight), 2), inputs, grad)  # type: ignore[arg-type]
 
 
 class _PooledConv1x1(torch.autograd.Function):
@@ -112,7 +120,7 @@ class _PooledConv1x1(torch.autograd.Function):
         return _OPS.join_forward([y], None, [], [], [], [], 0.0, Flags.POOL_BEFORE, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_pooled_conv1x1_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         nothing: list[Tensor] = []

@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks, sync
+from .. import backends, checks, reference, sync
 from ..library import Flags, accumulate_dtype
-from ..reference import update_running
-from .once import once_differentiable
+from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
 
 _OPS = torch.ops.fractal_kernels
+
+
+def _plain_gradients(ctx: Any, grad: Tensor) -> Gradients:
+    """Of a plain join: linear in ``grad``, and of its inputs only the places of maxima matter."""
+    mask, *ys = ctx.saved_tensors
+    like = ys or [torch.zeros_like(grad)] * ctx.branches
+    dtype = accumulate_dtype(grad.dtype)
+    dzs = reference.input_gradients(grad, [y.to(dtype) for y in like], mask, ctx.flags)
+    return None, None, None, *(dz.to(grad.dtype) for dz in dzs)
 
 
 class _PlainJoin(torch.autograd.Function):
@@ -31,7 +39,7 @@ class _PlainJoin(torch.autograd.Function):
         return _OPS.join_forward(ys, mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # linear: a constant gradient's is constant
+    @twice_differentiable(_plain_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *ys = ctx.saved_tensors
         if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
@@ -49,6 +57,16 @@ def _operands(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if ctx.batch_stats:
         means, vars = (list(t.unbind()) for t in params[-3:-1])  # type: ignore[union-attr]
     return params[:k], mask, means, vars, params[k : k + affine], params[k + affine : k + 2 * affine]
+
+
+def _normalised_gradients(ctx: Any, grad: Tensor) -> Gradients | None:
+    if ctx.group:
+        return None  # statistics of other ranks
+    saved = inputs_of(ctx)
+    ys, mask, *fixed, weights, biases = _operands(ctx, saved)
+    means, vars = (None, None) if ctx.batch_stats else fixed
+    out = reference.normalised_join(ys, mask, means, vars, weights, biases, ctx.eps, ctx.flags)
+    return gradients(ctx, out, [None] * 7 + saved, grad)
 
 
 class _NormJoin(torch.autograd.Function):
@@ -70,7 +88,7 @@ class _NormJoin(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @twice_differentiable(_normalised_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, affine = ctx.k, ctx.affine
         saved = ctx.saved_tensors
@@ -226,7 +244,7 @@ def _statistics(
         return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
     mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
     if running:
-        update_running(running, mean, var, count, momentum if momenta is None else momenta)
+        reference.update_running(running, mean, var, count, momentum if momenta is None else momenta)
     return mean, var, count
 
 
