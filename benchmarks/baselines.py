@@ -7,7 +7,7 @@ Nothing here uses the library. A network takes its weights from a `fractalnet.Fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,26 @@ def eager_mean_join(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
     stacked = torch.stack(tuple(inputs))
     mask = mask.to(stacked.dtype).view(len(inputs), -1, 1, 1, 1)
     alive = mask.sum(dim=0).clamp(min=1)
-    return (stacked * mask).sum(dim=0) / alive
+    # In their dtype: a sum under CUDA's autocast is float32, and what reads it would cast it back.
+    return (stacked * mask).sum(dim=0, dtype=stacked.dtype) / alive
 
 
-def eager_bn_relu_join(inputs: Sequence[Tensor], norms: Sequence[nn.BatchNorm2d], mask: Tensor) -> Tensor:
-    """Batch norm and ReLU on each branch, then the join above."""
-    return eager_mean_join([F.relu_(norm(y)) for y, norm in zip(inputs, norms, strict=True)], mask)
+def eager_mean_join_last(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The same of channels_last tensors, stacked as they lie in memory.
+
+    A stack of them as they are is a copy into NCHW, which every convolution that reads the join would turn back.
+    """
+    return eager_mean_join([x.permute(0, 2, 3, 1) for x in inputs], mask).permute(0, 3, 1, 2)
+
+
+def eager_bn_relu_join(
+    inputs: Sequence[Tensor],
+    norms: Sequence[nn.BatchNorm2d],
+    mask: Tensor,
+    join: Callable[[Sequence[Tensor], Tensor], Tensor] = eager_mean_join,
+) -> Tensor:
+    """Batch norm and ReLU on each branch, then one of the joins above."""
+    return join([F.relu_(norm(y)) for y, norm in zip(inputs, norms, strict=True)], mask)
 
 
 def clean_mean_join(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -172,7 +186,7 @@ class Grid(nn.Module):
 
 
 class PublicFractalNet(Grid):
-    """The network as widely used public PyTorch FractalNets are written; meant for NCHW tensors.
+    """The network as widely used public PyTorch FractalNets are written, for NCHW tensors; channels_last ones stay so.
 
     Every conv runs at every step. Each join, those of a single column included, stacks its inputs
     and applies a per-sample mask drawn on the spot: the first half of the batch keeps one column
@@ -183,13 +197,18 @@ class PublicFractalNet(Grid):
     drops = True
 
     def draw_masks(self, samples: int, kept_column: Tensor, columns: list[int]) -> Tensor:
-        """Mask [k, samples] of one join of `columns`."""
-        single = kept_column == torch.tensor(columns, device=kept_column.device).unsqueeze(1)
+        """Mask [k, samples] of one join of `columns`; nothing waits for the device."""
+        single = torch.stack([kept_column == column for column in columns])
         local = draw_mask(len(columns), samples - len(kept_column), self.local_drop, device=kept_column.device)
         return torch.cat([single, local], dim=1)
 
     def join(self, outs: list[Tensor], mask: Tensor | None) -> Tensor:
-        return torch.stack(outs).mean(dim=0) if mask is None else eager_mean_join(outs, mask)
+        last = outs[0].is_contiguous(memory_format=torch.channels_last) and not outs[0].is_contiguous()
+        if mask is not None:
+            return (eager_mean_join_last if last else eager_mean_join)(outs, mask)
+        if not last:
+            return torch.stack(outs).mean(dim=0)
+        return torch.stack([out.permute(0, 2, 3, 1) for out in outs]).mean(dim=0).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """masks: [B, R, C] or [B, R, C, N], nonzero = kept; None draws them in training."""
@@ -206,7 +225,7 @@ class PublicFractalNet(Grid):
                     current.append(F.max_pool2d(out, 2) if last else out)
                 mask = None
                 if masks is not None:
-                    mask = masks[b, r, ending]
+                    mask = masks[b, r, ending[0] :]  # columns that end together are the last ones
                 elif self.training and self.drops:
                     mask = self.draw_masks(samples, kept_column, ending)
                 x = self.join(current, mask)

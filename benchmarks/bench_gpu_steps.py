@@ -1,13 +1,12 @@
 """Training steps of the paper's networks on a GPU: graphed and not, against eager and compiled networks.
 
-Run with ``pytest benchmarks/bench_gpu_steps.py -m gpu``. The rows that matter most come first, and of each kind those
-that compile for minutes after the others: a round has a limit. "ours", graphed steps on the CUDA kernels, is in every
-row. Against eager: "ungraphed" steps; "eager", the network as public code has it, in channels_last with masks drawn on
-the device. The others have a row each, since they compile for a minute: "compiled", torch.compile of a clean dense
-network that takes the masks; "compiled_graphs", with torch.compile's own CUDA graphs; "ours_compiled", our network with
-those instead of ours; "triton", ours on Triton's kernels; "compiled_max", the dense network autotuned, the headline's
-networks alone. The report puts the rows of a step together. A contender that does not run is left out of its row, which
-says why.
+Run with ``pytest benchmarks/bench_gpu_steps.py -m gpu``. The rows that matter most come first, since a round has a
+limit. "ours", graphed steps on the CUDA kernels, is in every row, and draws a path in each step. Against eager:
+"ungraphed" steps; "eager", the network as public code has it, in channels_last with masks drawn on the device. The
+others have a row each, since they compile for a minute: "compiled", torch.compile of a clean dense network that takes
+the masks; "compiled_graphs", with torch.compile's own CUDA graphs; "ours_compiled", our network with those instead of
+ours; "triton", ours on Triton's kernels; "compiled_max", the dense network autotuned, the headline's networks alone.
+The report puts the rows of a step together. A contender that does not run is left out of its row, which says why.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ AGAINST = {
     "triton": ("triton",),
     "autotuned": ("compiled_max",),
 }
+EAGER = "channels_last"  # what reads its joins; in rows that do not say so these were NCHW
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # of a loss, after layers of that precision
 GRADIENTS = 1e-2  # of all of them in float32, as one vector
 NOISE = 30  # times what a rounding of the images changes
@@ -56,13 +56,19 @@ CELLS = [
     for precision in ("bf16", "fp32", "fp16")
     for large in (False, True)
 ]
-ROWS = [
+FIRST = ("eager", "compiled", "graphs")  # what the goals are held against
+HEADLINE = [cell for cell in CELLS[0] if cell[0] in BATCHES]
+# All rows of a network one after the other: they share its forms, what is compiled and what is captured.
+ROWS = [(*cell, drop_path, against) for drop_path in ("mixture", "off") for cell in HEADLINE for against in FIRST]
+ROWS += [
     (*cell, drop_path, against)
-    for cells in CELLS
+    for cells in (HEADLINE, *CELLS)
+    for cell in cells
     for against in AGAINST
-    for cell in (cells if against != "autotuned" else [c for c in CELLS[0] if c in cells and c[0] in BATCHES])
     for drop_path in ("mixture", "off")
+    if (against == "autotuned") <= (cell in HEADLINE)
 ]
+ROWS = list(dict.fromkeys(ROWS))
 
 
 def nudged(x: Tensor) -> Tensor:
@@ -88,6 +94,7 @@ class Nets:
         self.masks = [path.keep.to(DEVICE) for path in self.paths]
         self.full = self.dense.full_masks().to(DEVICE)
         self.steps: dict[str, GraphedStep] = {}  # captured once for both kinds of drop-path
+        self.graph_mb: dict[str, float] = {}  # what these hold between steps
         self.gated: set[str] = set()  # of OURS
         self.left_out: dict[str, str] = {}  # of the last row, and why
         self.compiled = {name: torch.compile(self.dense, fullgraph=True, mode=mode) for name, mode in MODES.items()}
@@ -173,7 +180,7 @@ class Nets:
             with use_backend(backend):
                 return step(lambda: self.ours(x, path=path, dense=dense), y)
 
-        made = GraphedStep(self.ours, step.optimizer, work)
+        made, before = GraphedStep(self.ours, step.optimizer, work), reserved()
         columns = [column_path(len(self.net.channels), self.net.columns, c) for c in range(self.net.columns)]
         for path in (steps.full_path(self.net), *columns):
             for _ in range(3):
@@ -182,6 +189,7 @@ class Nets:
             self.hold(f"graphed, {path}", lambda path=path: made(self.x, self.y, path), path)
         if made.problem and DEVICE == "cuda":
             raise AssertionError(made.problem)
+        self.graph_mb[backend] = 1e-6 * (reserved() - before)
         return made
 
     def contenders(self, mixture: bool, against: str) -> dict[str, Contender]:
@@ -191,6 +199,14 @@ class Nets:
 
         def path(i: int) -> Path:
             return self.paths[i % len(self.paths)] if mixture else everything
+
+        generator = torch.Generator()
+
+        def drawn(i: int) -> Path:
+            """Not the path of this step, which is of the list, but the time to draw one: the eager network does."""
+            if mixture:
+                self.ours.sample_path(len(x), generator)
+            return path(i)
 
         def mask(i: int) -> Tensor:
             return self.masks[i % len(self.masks)] if mixture else self.full
@@ -208,16 +224,16 @@ class Nets:
             self.gate(contender)
             if contender not in self.steps:
                 self.steps[contender] = self.graphed(OURS[contender])
-            return lambda i: self.steps[contender](x, y, path(i))
+            return lambda i: self.steps[contender](x, y, drawn(i))
 
         def own(i: int) -> Tensor:  # as in graphs of ours: a column by itself, everything with the masks on the device
             torch.compiler.cudagraph_mark_step_begin()
-            one = path(i)
+            one = drawn(i)
             return self.own(x, path=one if one.column is not None else Path(mask(i)), dense=one.column is None)
 
         makers: dict[str, Callable[[], Contender]] = {
             "triton": lambda: graphed("triton"),
-            "ungraphed": lambda: step(self.ours, lambda i: self.ours(x, path=path(i)), OURS["ours"]),
+            "ungraphed": lambda: step(self.ours, lambda i: self.ours(x, path=drawn(i)), OURS["ours"]),
             "eager": lambda: step(self.public, lambda i: self.public(x)),
             "ours_compiled": lambda: step(self.ours, own, OURS["ours"]),
             **{
@@ -246,6 +262,14 @@ class Nets:
         if len(found) == 1:
             raise AssertionError(f"every contender was left out: {self.left_out}")
         return {name: waited(call) for name, call in found.items()}
+
+
+def reserved() -> int:
+    """Bytes that are not free for others."""
+    if DEVICE != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def waited(call: Contender) -> Contender:
@@ -288,12 +312,12 @@ def peak(call: Contender, rounds: int) -> float:
     return 1e-6 * (torch.cuda.max_memory_allocated() - before)
 
 
-def saved(this: Nets, contenders: Iterable[str]) -> dict[str, float]:
-    """MB that a forward pass saves for backward, with nothing dropped."""
+def saved(this: Nets, contenders: Iterable[str], mixture: bool) -> dict[str, float]:
+    """MB that a forward pass saves for backward, with nothing dropped; under the mixture eager has masks even so."""
     everything, x = steps.full_path(this.net), this.x
     forwards: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
         "ungraphed": (this.ours, lambda: this.ours(x, path=everything)),
-        "eager": (this.public, lambda: this.public(x, this.full)),
+        "eager": (this.public, lambda: this.public(x, this.full if mixture else None)),
     }
     found = {}
     for name in contenders:
@@ -315,11 +339,12 @@ def test_training_step(
     rounds = this.net.paths if mixture else 10
 
     def extra(row: dict[str, Any]) -> dict[str, float]:
-        found: dict[str, Any] = {"tflop": this.tflop, **saved(this, contenders)}
+        found: dict[str, Any] = {"tflop": this.tflop, **saved(this, contenders, mixture), "eager": EAGER}
         found |= {f"left_out_{name}": why for name, why in this.left_out.items()}
         if DEVICE == "cuda":
             measured = [key for key in ("ungraphed", "eager", "compiled") if key in contenders]
             found |= {f"peak_mb_{key}": peak(contenders[key], rounds) for key in measured}
+            found["graph_mb"] = this.graph_mb[OURS["ours"]]
         return found
 
     what = f"training step, {this.net.title}, batch {batch}, {precision}, drop-path {drop_path}, against {against}"

@@ -6,8 +6,9 @@ named: the tiles of the Triton kernels, for what is measured), kernels (the micr
 The round ends in time: every stage has a limit, tests and rows that it does not reach are skipped, and the last stage
 has what the others left. After build failed nothing is measured; after a test failed rows still are, since each is
 held against a reference before it is timed, but the README then says so. Leaves in one folder <gpu>-<commit>.json,
-written after every stage, its plots, and the log of all stages; a later round of the same commit, with nothing changed,
-measures the rows that are not there. Where the files travel without their git, FRACTAL_COMMIT names the commit.
+written after every stage, its plots, the names of the tests that passed, and the log of all stages; a later round of
+the same commit, with nothing changed, goes on with the tests and rows that are not there. Where the files travel
+without their git, FRACTAL_COMMIT names the commit.
 Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
 
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
@@ -49,12 +50,14 @@ FILES = ("ops", "gpu", "graphed", "triton", "tiles", "tuning", "cuda", "running"
 TESTS = [f"tests/test_{name}.py" for name in FILES]
 SANITIZED = "number_of_branches_and_dtypes or half_of_a_vector or (test_vector_loads and channel_slice)"
 SANITIZED = f"({SANITIZED}) and not triton"
+FIRST = "nhwc-bf16|bench_gpu_ops|test_kernel_of"  # of the kernels' rows: what the README shows, and peers of a user's
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [
         "benchmarks/bench_gpu.py::test_kernel",
-        "benchmarks/bench_gpu_ops.py",
         "benchmarks/bench_gpu.py::test_against_compile",
+        "benchmarks/bench_gpu.py::test_kernel_of",
+        "benchmarks/bench_gpu_ops.py",
     ],
     "steps": ["benchmarks/bench_gpu_steps.py"],
 }
@@ -174,9 +177,11 @@ class Round:
         self.facts |= rates()
         torch.cuda.empty_cache()  # the stages are other processes
         self.result: dict[str, Any] = {"stages": {}, "rows": []}
+        self.goes_on = False  # where an earlier round of the same sources ended
         if sha and not sha.endswith("-dirty") and self.path.exists():
             earlier = json.loads(self.path.read_text(encoding="utf-8"))
-            self.result = earlier if earlier.get("commit") == sha else self.result
+            self.goes_on = earlier.get("commit") == sha
+            self.result = earlier if self.goes_on else self.result
 
     def run(self, stage: str, last: bool) -> bool:
         """A stage and, in the results, what became of it. False: it failed."""
@@ -227,8 +232,13 @@ class Round:
 
     def test(self) -> str:
         logs = [self.log(f"test-{i}") for i in range(self.processes)]
-        of, failures, cut = self.processes, self.scratch / "failures.txt", ""
+        of, failures, done, cut = self.processes, self.scratch / "failures.txt", self.scratch / "passed.json", ""
+        passed = self.path.with_name(f"{self.path.stem}-tests.txt")  # goes on where the last round of a commit ended
+        before = passed.read_text(encoding="utf-8").splitlines() if self.goes_on and passed.exists() else []
+        done.write_text(json.dumps(before))
+        passed.write_text("".join(f"{name}\n" for name in before), encoding="utf-8")
         suite = [*PYTEST, *TESTS, "--seconds", f"{self.limit - GRACE}", "--failures", str(failures), "-k", self.tests]
+        suite += ["--done", str(done), "--passed", str(passed)]
         try:
             shards = [start([*suite, "--shard", f"{i}/{of}"], log) for i, log in enumerate(logs)]
             finish(shards, logs, self.limit)
@@ -236,21 +246,21 @@ class Round:
             if failures.exists():
                 raise Failed(f"{late}\nfailed: {failures.read_text().strip()}") from late
             cut = f"\n{late}"
-        return counts(logs) + cut
+        return counts(logs) + (f"; {len(before)} passed before" if before else "") + cut
 
     def sanitize(self) -> str:
-        """Of our kernels alone: under these tools PyTorch's would take the time. Without initcheck, to which memory is
-        initialised that the tests' NaN is in."""
+        """Of our kernels alone: under these tools PyTorch's would take the time. Without the tests' NaN, with which all
+        memory would be initialised to initcheck."""
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if tool is None:
             raise Failed("there is no compute-sanitizer; it comes with the CUDA toolkit")
         suite = [*PYTEST, "tests/test_cuda.py", "-k", SANITIZED, "--seconds", f"{self.limit - GRACE}"]
-        checks = ("memcheck", "racecheck", "synccheck")
+        checks = ("memcheck", "racecheck", "initcheck")
         logs = [self.log(name) for name in checks]
         under = [tool, "--error-exitcode", "9", "--kernel-name", "kns=fractal", "--tool"]
         # Without PyTorch's caching, an access past the end of a tensor is one past the end of an allocation.
         running = [
-            start(suite, log, [*under, name], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            start(suite, log, [*under, name], PYTORCH_NO_CUDA_MEMORY_CACHING="1", FRACTAL_TEST_POISON="0")
             for name, log in zip(checks, logs, strict=True)
         ]
         cut = ""
@@ -284,7 +294,7 @@ class Round:
         command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - GRACE}"]
         done, cut = self.scratch / "done.json", ""
         done.write_text(json.dumps([row["test"] for row in self.result["rows"]]))
-        command += ["--done", str(done)] + (["-k", self.select] if self.select else [])
+        command += ["--first", FIRST, "--done", str(done)] + (["-k", self.select] if self.select else [])
         before = sum(row["stage"] == stage for row in self.result["rows"])
         try:
             finish([start(command, log)], [log], self.limit)

@@ -1,11 +1,13 @@
 """A pytest plugin of ``make gpu``: an end for a suite that may be too long, and results that outlive a kill.
 
 python -m pytest -p benchmarks.rounds --seconds 100 --rows rows.jsonl --failures failures.txt --done done.json ...
+(each option's help says what it is).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--rows", default=None, help="a file that gets every benchmark's row as it is measured")
     parser.addoption("--failures", default=None, help="a file that gets the name of every test that fails")
+    parser.addoption("--first", default=None, help="an expression: tests whose names have it come before the others")
+    parser.addoption("--passed", default=None, help="a file that gets the name of every test that passes")
     parser.addoption("--done", default=None, help="names of tests that are not run again")
 
 
@@ -36,6 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=there)
         items[:] = [item for item in items if item.nodeid not in done]
         _some_done = bool(there)
+    if first := config.getoption("--first"):
+        items.sort(key=lambda item: re.search(first, item.nodeid) is None)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -78,6 +84,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     if (path := item.config.getoption("--rows")) and call.when == "call" and report.passed and "what" in row:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "test": item.nodeid}) + "\n")
+    if (path := item.config.getoption("--passed")) and call.when == "call" and report.passed:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{item.nodeid}\n")
     if (path := item.config.getoption("--failures")) and report.failed:
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{item.nodeid} ({report.when})\n")

@@ -120,12 +120,15 @@ class MixedStep:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves for backward, parameters and buffers excluded."""
+    """Bytes of the distinct storages that autograd saves for backward; but not parameters and buffers, nor autocast's
+    copies of weights, which a step makes whoever saves them."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    weights = {p.shape: p.dtype for p in model.parameters() if p.dim() > 1}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if weights.get(tensor.shape, tensor.dtype) == tensor.dtype:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -55,9 +55,12 @@ def pytest_report_header() -> str:
 
 
 def _poison() -> None:
-    """Every torch.empty, empty_like, empty_strided and new_empty of the run holds NaN until it is written."""
+    """Every torch.empty, empty_like, empty_strided and new_empty of the run holds NaN until it is written.
+
+    FRACTAL_TEST_POISON=0: not, for tools that see reads of memory that nobody has written.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("FRACTAL_TEST_POISON") != "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:

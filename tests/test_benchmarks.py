@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_gpu_steps
+from benchmarks import bench_gpu_steps, steps
 from benchmarks.cases import Net
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,10 +58,30 @@ def test_the_steps_of_a_gpu_on_the_cpu(name, precision, against, drop_path, monk
         assert 0 < extra["saved_mb_ungraphed"] < extra["saved_mb_eager"]
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", list(TINY))
+def test_the_eager_network_stays_in_its_layout_and_dtype(name, masked):
+    """Nothing that eager need not do is in its time: no convolution reads NCHW or float32 after the first."""
+    _, public, _ = steps.three_nets(TINY[name])
+    public.to(memory_format=torch.channels_last).drops = masked
+    seen = []
+    convs = [m for m in public.modules() if isinstance(m, torch.nn.Conv2d)]
+    for conv in convs:
+        conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.randn(4, 3, TINY[name].image, TINY[name].image).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        public(x)
+    assert len(seen) == len(convs) and all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+    assert all(t.dtype == torch.bfloat16 for t in seen if t is not x)
+
+
 def test_the_headline_of_the_gpu_comes_first():
     rows = bench_gpu_steps.ROWS
     first = [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]
-    assert rows[:6] == [(*cell, drop_path, "eager") for cell in first for drop_path in ("mixture", "off")]
+    against = ("eager", "compiled", "graphs")
+    assert rows[:9] == [(*cell, "mixture", other) for cell in first for other in against]
+    assert rows[9:18] == [(*cell, "off", other) for cell in first for other in against]
     assert len(rows) == len(set(rows)) == 27 * 2 * 5 + 6
-    assert rows.index((*first[0], "mixture", "compiled")) < rows.index((*first[0], "mixture", "autotuned"))
+    cells = [row[:3] for row in rows[18:]]
+    assert all(a == b or b not in cells[:i] for i, (a, b) in enumerate(pairwise(cells), 1))  # each at once
     assert all(net.paths % (2 * net.columns) == 0 for net in bench_gpu_steps.GPU_NETS.values())

@@ -176,7 +176,6 @@ def test_almost_2_31_pixels(gpu_backend):
 
 @pytest.mark.parametrize("mask", [None, "sample"])
 def test_opcheck(mask, gpu_backend):
-    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
     y = [torch.randn(3, 4, 6, 6) for _ in range(2)]
     m = None if mask is None else torch.rand(2, 3) < 0.7
     ops, v = torch.ops.fractal_kernels, [torch.rand(4) + 0.5 for _ in range(2)]
@@ -187,4 +186,7 @@ def test_opcheck(mask, gpu_backend):
         (ops.join_backward_reduce, (g, y, m, v, v, v, v, 1e-5, 2, gpu_backend)),
         (ops.join_backward_apply, (g, y, m, v, v, v, v, [], 2, 1e-5, 2, gpu_backend)),
     ):
-        torch.library.opcheck(op.default, args)
+        try:
+            torch.library.opcheck(op.default, args)
+        except ModuleNotFoundError as error:  # of older PyTorch
+            pytest.skip(f"torch.library.opcheck: {error}")

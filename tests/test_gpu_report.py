@@ -64,6 +64,23 @@ RESULT = {
 }  # fmt: skip
 
 
+def test_what_the_readme_says_beside_the_figures():
+    """Which eager that was, tests that passed, what graphs hold, kernels of one branch apart from those of three."""
+    result = copy.deepcopy(RESULT)
+    text = gpu_report.markdown(result, "name")
+    assert gpu_report.OLD_EAGER in text and "Tests on this GPU" not in text
+    for row in result["rows"]:
+        if row["group"] == "gpu_step":
+            row["extra"] |= {"eager": "channels_last", "graph_mb": 321.0}
+    result["rows"].append(kernel("forward", "cuda", 0.6))
+    result["rows"][-1]["case"]["branches"] = 1
+    result["stages"]["test"] = {"seconds": 9.0, "said": "5 passed, 2 skipped; 7 passed before", "failed": False}
+    text = gpu_report.markdown(result, "name")
+    assert gpu_report.OLD_EAGER not in text and "; graphs hold 321 MB" in text
+    assert "Tests on this GPU: 5 passed, 2 skipped; 7 passed before." in text
+    assert "| forward, 1 branch | bf16 |" in text and "60 %" in text
+
+
 def test_summary_fits_a_screen():
     text = gpu_report.summary(RESULT)
     for words in ("Test GPU", "copy 4000 GB/s", "fractalnet20", "7.00×", "2.50×", "95 %", "40 %", "kernels: 90 s"):
