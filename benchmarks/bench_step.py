@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,8 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
     """zero_grad, forward, cross-entropy, backward, SGD with momentum.
 
     Round i is path i of a fixed list for ours and for the compiled network, which takes it as a
-    mask; the public-style network draws its per-sample masks itself. The figure is the mean over
-    the paths.
+    mask; the public-style network draws its per-sample masks itself, and ours a path that it does
+    not take. The figure is the mean over the paths.
     """
     net = NETS[name]
     x, y = cases.random_batch(net)
@@ -35,12 +36,23 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
     paths = cases.stratified_paths(ours, net)
     gate(net, ours, public, dense, compiled, paths[:4], x, x_last, y)
 
+    last, generator = copy.deepcopy(public).to(memory_format=torch.channels_last), torch.Generator()
+
+    def own(i: int) -> Tensor:
+        ours.sample_path(net.batch, generator)
+        return ours(x_last, path=paths[i % net.paths])
+
+    def extra(row: dict[str, Any]) -> dict[str, float]:
+        return {"vs_eager_nhwc": row["ratios"]["eager_nhwc"]["figures"]}
+
     contenders = {
-        "ours": training_step(ours, lambda i: ours(x_last, path=paths[i % net.paths]), y),
+        "ours": training_step(ours, own, y),
         "eager": training_step(public, lambda i: public(x), y),
+        "eager_nhwc": training_step(last, lambda i: last(x_last), y),
         "compiled": training_step(dense, lambda i: compiled(x_last, paths[i % net.paths].keep), y),
     }
-    compare("step", f"training step, {net.title}", contenders, net.paths * net.passes, cycle=net.paths)
+    rounds = net.paths * net.passes
+    compare("step", f"training step, {net.title}", contenders, rounds, cycle=net.paths, extra=extra)
 
 
 @pytest.mark.parametrize("net", [NETS["c3"], FORTY], ids=["c3", "fractalnet40"])

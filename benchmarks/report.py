@@ -47,6 +47,8 @@ def notes(row: dict[str, Any]) -> str:
         texts.append(f"{number(extra['vs_fp32'])}× the speed of fp32")
     if "vs_eager_nchw" in extra:
         texts.append(f"{number(extra['vs_eager_nchw'])}× eager on NCHW tensors")
+    if "vs_eager_nhwc" in extra:
+        texts.append(f"{number(extra['vs_eager_nhwc'])}× eager in channels_last")
     if "times_of_shallower" in extra:
         texts.append(
             f"{number(extra['times_of_shallower'])} times C = 5, {number(extra['saved_of_shallower'])} times its saved "
