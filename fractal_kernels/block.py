@@ -202,13 +202,15 @@ def fractal_block(
     """
     op = "fractal_block"
     x = checks.tensor(op, "x", x)
-    if x.dim() != 4 or (pool is not None and min(x.shape[2:]) < 2):
-        raise ValueError(f"{op}: expected x of shape [N, C, H, W], H and W >= 2 for pooling, got {list(x.shape)}")
+    if x.dim() != 4 or min(x.shape[2:]) < (1 if pool is None else 2):
+        raise ValueError(f"{op}: expected x of shape [N, C, H, W], H and W >= 1, or 2 for pooling, got {list(x.shape)}")
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
         raise TypeError(f"{op}: expected weights to be a list of Tensors, got {type(weights).__name__}")
     for r, w in enumerate(weights):
-        if checks.tensor(op, f"weights[{r}]", w).dim() != 4:
-            raise ValueError(f"{op}: expected weights[{r}] of four dimensions, got {list(w.shape)}")
+        if checks.tensor(op, f"weights[{r}]", w).dim() != 4 or 0 in w.shape:
+            raise ValueError(f"{op}: expected weights[{r}] of four dimensions and not empty, got {list(w.shape)}")
+        if w.dtype != x.dtype and not checks.is_autocast(x):
+            raise TypeError(f"{op}: expected weights[{r}] of x's dtype {x.dtype}, got {w.dtype}")
     rows = len(weights)
     if rows not in (1, 2, 4, 8, 16, 32, 64, 128):
         raise ValueError(f"{op}: expected weights of 2**(C-1) rows, C from 1 to 8, got {rows}")
@@ -241,6 +243,8 @@ def fractal_block(
             f"{op}: expected path bool of shape [{rows}, {columns}] or [{rows}, {columns}, {x.shape[0]}], "
             f"got {path.dtype} {list(path.shape)}"
         )
+    if path.device.type != "cpu" and not (dense and path.device == x.device):
+        raise ValueError(f"{op}: expected path on the CPU, or with dense=True on {x.device}, got {path.device}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout!r}")
     checks.choice(op, "pool", pool, [None, "before", "after"])

@@ -20,6 +20,8 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype] = DT
     if value.dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{op}: expected {name} of dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: expected {name} to be dense, got {value.layout}")
     return value
 
 
@@ -140,6 +142,7 @@ def probability(op: str, name: str, value: object) -> None:
 
 def momentum(op: str, value: object, ys: list[Tensor]) -> None:
     if isinstance(value, Tensor):
+        tensor(op, "momentum", value)
         if value.dim() != 0 and tuple(value.shape) != (len(ys),):
             raise ValueError(f"{op}: expected momentum 0-dim or of shape [k]=[{len(ys)}], got {list(value.shape)}")
         if value.device != ys[0].device:

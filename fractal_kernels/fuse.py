@@ -13,7 +13,7 @@ import torch.fx
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, MeanJoin, StepConv2d
+from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
 
 __all__ = ["FuseReport", "fuse"]
 
@@ -57,13 +57,14 @@ def _is_relu(module: nn.Module | None) -> bool:
 def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
-    The ReLU becomes an ``Identity``; parameters, buffers and ``state_dict`` keys stay as they are. A ReLU that is also
-    applied to something else stays, and its batch norm with it; so does a batch norm with hooks on its output or
-    gradients. ``forward`` is traced symbolically, in training and in evaluation, with all arguments and with none but
-    the required ones; of what else it does depending on its arguments, nothing is known. A model that cannot be traced
-    is searched for ``Sequential`` containers instead, of which it must use each as a whole. A convolution before such a
-    batch norm runs as in :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model
-    and its input are in channels_last.
+    The ReLU becomes one that returns its input; parameters, buffers and ``state_dict`` keys stay as they are. A ReLU
+    that is also applied to something else stays, and its batch norm with it; so does a batch norm with hooks on its
+    output or gradients. ``forward`` is traced symbolically, in training and in evaluation, with all arguments and with
+    none but the required ones; of what else it does depending on its arguments, nothing is known. A model that cannot
+    be traced is searched for ``Sequential`` containers instead, of which it must use each as a whole. What is read
+    between a batch norm and its ReLU has had both. A convolution before such a batch norm runs as in
+    :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model and its input are in
+    channels_last.
 
     Args:
         model: any module.
@@ -108,7 +109,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
             before.__class__ = StepConv2d
     for name in relus:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, nn.Identity())
+        setattr(modules[parent], child, FusedReLU())
     for module in modules.values() if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
             module.__class__, module.recompute = StepConv2d, True

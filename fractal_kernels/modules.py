@@ -23,13 +23,23 @@ __all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJ
 class MeanJoin(nn.Module):
     """:func:`masked_mean_join` as a module.
 
+    Args:
+        pool: as there.
     Example:
         >>> MeanJoin()([torch.zeros(1, 2, 3, 3), torch.ones(1, 2, 3, 3)]).mean().item()
         0.5
     """
 
+    def __init__(self, pool: str | None = None) -> None:
+        super().__init__()
+        checks.join_options("MeanJoin", "mean", "none", pool, "all")
+        self.pool = pool
+
     def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        return masked_mean_join(inputs, mask)
+        return masked_mean_join(inputs, mask, pool=self.pool)
+
+    def extra_repr(self) -> str:
+        return "" if self.pool is None else f"pool={self.pool!r}"
 
 
 class DropPathJoin(nn.Module):
@@ -38,6 +48,7 @@ class DropPathJoin(nn.Module):
     Args:
         p: probability of dropping each branch; at least one survives.
         granularity: "batch" (one draw) or "sample" (one per sample).
+        pool: as in :func:`masked_mean_join`.
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), section 3.
     Example:
@@ -45,8 +56,10 @@ class DropPathJoin(nn.Module):
         1.0
     """
 
-    def __init__(self, p: float, granularity: str = "batch") -> None:
+    def __init__(self, p: float, granularity: str = "batch", pool: str | None = None) -> None:
         super().__init__()
+        checks.join_options("DropPathJoin", "mean", "none", pool, "all")
+        self.pool = pool
         checks.probability("DropPathJoin", "p", p)
         if granularity not in ("batch", "sample"):
             raise ValueError(f"DropPathJoin: expected granularity 'batch' or 'sample', got {granularity!r}")
@@ -55,13 +68,14 @@ class DropPathJoin(nn.Module):
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         if not self.training or self.p == 0:
-            return masked_mean_join(inputs)
+            return masked_mean_join(inputs, pool=self.pool)
         inputs = checks.branches("DropPathJoin", inputs)
         batch = inputs[0].shape[0] if self.granularity == "sample" else None
-        return masked_mean_join(inputs, drop_path_mask(len(inputs), self.p, batch, device=inputs[0].device))
+        mask = drop_path_mask(len(inputs), self.p, batch, device=inputs[0].device)
+        return masked_mean_join(inputs, mask, pool=self.pool)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, granularity={self.granularity!r}"
+        return f"p={self.p}, granularity={self.granularity!r}" + ("" if self.pool is None else f", pool={self.pool!r}")
 
 
 def advance(bn: nn.BatchNorm2d, live: Tensor | int = 1) -> float | Tensor:
@@ -122,6 +136,13 @@ class StepConv2d(nn.Conv2d):
             if not self.may_be_ours(self) or input.dim() != 4:
                 return self._conv_forward(input, weight, self.bias)  # type: ignore[no-any-return]
             return conv2d_3x3(input, weight, backends.resolve("conv_bn_relu", None, input.device, input.dtype))
+
+
+class FusedReLU(nn.ReLU):
+    """Where a ReLU was that a batch norm does now: still one to whoever looks for it, as feature extractors do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
 
 
 class ConvBNReLU(nn.Module):
@@ -208,10 +229,13 @@ class BNReLUJoin(nn.Module):
 
     def _live(self, mask: Tensor | None) -> list[Tensor | None]:
         """Per branch, whether its statistics see this batch; None: they do."""
-        # Over several ranks a branch without live samples here has some elsewhere, and counts alike on all of them.
-        if mask is None or (mask.dim() == 2 and (self.stats == "all" or self.sync_group is not None)):
+        if mask is None or (mask.dim() == 2 and self.stats == "all"):
             return [None] * len(self.bns)
-        return list((mask != 0).reshape(len(self.bns), -1).any(1).unbind())
+        live = (mask != 0).reshape(len(self.bns), -1).any(1)
+        if mask.dim() == 2 and self.sync_group is not None and self.bns[0].training:  # or has some on another rank
+            group = sync.name_of("BNReLUJoin", self.sync_group)
+            live = torch.ops.fractal_kernels.sync_sums(live.to(torch.float32), group) > 0
+        return list(live.unbind())
 
     def forward(self, inputs: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         if mask is not None or not isinstance(inputs, (list, tuple)):

@@ -154,7 +154,9 @@ def normalised_join(
     part in any gradient, be it NaN."""
     if means is None or vars is None:
         of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
-        means, vars, _ = zip(*(statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)), strict=True)
+        found = [statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
+        means = [mean for mean, _, _ in found]
+        vars = [torch.where(count > 0, var, 1) for _, var, count in found]  # of no values: eps may be 0
     return join([_where_alive(mask, i, y) for i, y in enumerate(ys)], mask, means, vars, weights, biases, eps, flags)
 
 

@@ -189,7 +189,8 @@ def packed():
     from fractalnet.config import Data
 
     def pack(model, arguments):
-        augment = Augment.of(sources.load("digits"))
-        return trained.pack(arguments, model.state_dict(), "tiny", {"seed": 0}, trained.facts(Data("digits"), augment))
+        images = sources.load("digits")
+        facts = trained.facts(Data("digits"), Augment.of(images), images)
+        return trained.pack(arguments, model.state_dict(), "tiny", {"seed": 0}, facts)
 
     return pack

@@ -9,6 +9,8 @@ from fractalnet import tied_loss
 from fractalnet.drop_path import column_path, rate, sample_path
 from torch.nn.parallel import DistributedDataParallel
 
+from fractal_kernels import drop_path_mask
+
 
 def small(**options):
     torch.manual_seed(0)
@@ -69,6 +71,21 @@ def test_paths_follow_from_seed_and_step(granularity):
     assert all(torch.equal(a, other.sample_path(4).keep) for a in first)
     reseeded = small(granularity=granularity, path_seed=1)
     assert not all(torch.equal(a, reseeded.sample_path(4).keep) for a in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_paths_do_not_depend_on_the_default_dtype(dtype):
+    def draws():
+        net = small(granularity="sample")
+        torch.manual_seed(0)
+        return [net.sample_path(9).keep for _ in range(5)] + [drop_path_mask(3, 0.3, 50)]
+
+    expected = draws()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, draws(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_resumed_training_goes_on_with_the_same_paths():

@@ -44,6 +44,7 @@ COMMON = [  # of both joins
     (lambda f: f([Y, Y[:1]]), ValueError, ["inputs[1]", "[2, 4, 6, 6]", "got [1, 4, 6, 6]"]),
     (lambda f: f([Y, Y.to("meta")]), ValueError, ["inputs[1]", "cpu", "got meta"]),
     (lambda f: f([Y, Y.double()]), TypeError, ["one dtype", "float32", "float64"]),
+    (lambda f: f([Y.to_sparse()]), TypeError, ["inputs[0]", "dense", "got torch.sparse_coo"]),
     (lambda f: f(YS, mask=[True, False]), TypeError, ["mask", "Tensor", "got list"]),
     (lambda f: f(YS, mask=torch.ones(3, dtype=torch.bool)), ValueError, ["mask", "[2]", "[2, 2]", "got [3]"]),
     (lambda f: f(YS, mask=torch.ones(2, 3, dtype=torch.bool)), ValueError, ["mask", "[2, 2]", "got [2, 3]"]),
@@ -113,6 +114,8 @@ CONV_BN_RELU = [
     (lambda: conv(Y[0]), ValueError, ["x", "[N, C, H, W]", "got [4, 6, 6]"]),
     (lambda: conv(weight=CONV[:, :3]), ValueError, ["conv_weight", "C_in=4", "got [5, 3, 3, 3]"]),
     (lambda: conv(weight=CONV[0]), ValueError, ["conv_weight", "got [4, 3, 3]"]),
+    (lambda: conv(weight=CONV[:0]), ValueError, ["conv_weight", "got [0, 4, 3, 3]"]),
+    (lambda: conv(weight=CONV[:, :, :0]), ValueError, ["conv_weight", "got [5, 4, 0, 3]"]),
     (lambda: conv(weight=CONV.long()), TypeError, ["conv_weight", "got int64"]),
     (lambda: conv(weight=CONV.double()), TypeError, ["conv_weight", "float32", "float64"]),
     (lambda: conv(weight=CONV.to("meta")), ValueError, ["conv_weight", "cpu", "got meta"]),
@@ -141,6 +144,8 @@ DROP_PATH_MASK = [
 ]
 MODULES = [
     ("DropPathJoin", lambda: fk.DropPathJoin(1.5), ValueError, ["p in [0, 1]", "got 1.5"]),
+    ("MeanJoin", lambda: fk.MeanJoin("max"), ValueError, ["pool", "'before'", "got 'max'"]),
+    ("DropPathJoin", lambda: fk.DropPathJoin(0.1, pool="max"), ValueError, ["pool", "'before'", "got 'max'"]),
     ("DropPathJoin", lambda: fk.DropPathJoin(0.1, "pixel"), ValueError, ["granularity", "'batch'", "got 'pixel'"]),
     ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4)([Y]), ValueError, ["expected 2 inputs", "got 1"]),
     ("BNReLUJoin", lambda: fk.BNReLUJoin(0, 4), ValueError, ["num_branches", "1 to 8", "got 0"]),
@@ -169,6 +174,11 @@ def test_wrong_call(op, call, error, words):
     assert message.startswith(f"{op}: ") or (op == "conv_bn_relu" and message.startswith("bn_relu: ")), message
     for word in ("expected", *words):
         assert word in message, f"{word!r} is not in {message!r}"
+
+
+def test_momentum():
+    with pytest.raises(TypeError, match="bn_relu: expected momentum of dtype float32, .* got complex64"):
+        norm(mean=torch.zeros(4), var=torch.ones(4), momentum=torch.tensor(1j))
 
 
 def test_a_wrong_call_changes_nothing():
@@ -311,5 +321,15 @@ def test_block():
         fk.fractal_block(x, w, None, None, torch.zeros_like(path))
     with pytest.raises(TypeError, match=r"fractal_block: expected x of dtype .* got int64"):
         fk.fractal_block(x.long(), w, None, None, path)
+    with pytest.raises(ValueError, match="fractal_block: expected path on the CPU, or with dense=True on cpu, got"):
+        fk.fractal_block(x, w, None, None, path.to("meta"))
+    with pytest.raises(TypeError, match=r"fractal_block: expected weights\[1\] of x's dtype torch.float32, got .*64"):
+        fk.fractal_block(x, [w[0], w[1].double()], None, None, path)
+    with pytest.raises(ValueError, match=r"fractal_block: expected weights\[0\] of four dimensions and not empty, got"):
+        fk.fractal_block(x[:, :0], [w[0][:, :0], w[1]], None, None, path)
+    with pytest.raises(ValueError, match=r"fractal_block: expected x of shape .*, H and W >= 1, .* got \[2, 3, 0, 4\]"):
+        fk.fractal_block(x[:, :, :0], w, None, None, path, pool=None)
     with pytest.raises(ValueError, match=r"Path: expected keep bool"):
         Path(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"Path: expected keep to be a Tensor, got list"):
+        Path([True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import fractal_kernels
 from fractal_kernels import BatchNormReLU2d, BNReLUJoin, DropPathJoin, MeanJoin, bn_relu_join, fuse, use_backend
+from fractal_kernels.modules import FusedReLU
 
 
 class Block(nn.Module):
@@ -79,7 +81,29 @@ def test_fuse_sequential(backend):
     with use_backend(backend):
         layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
         model = check_fuse(nn.Sequential(*layers, nn.ReLU(), nn.Flatten()), ["1", "4"], {})
-        assert type(model[2]) is nn.Identity
+        assert type(model[2]) is FusedReLU and isinstance(model[2], nn.ReLU)
+
+
+def test_who_looks_for_a_relu_finds_it():
+    """As extractors of features do, going through the layers."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU()
+    )
+
+    def features(x):
+        found = []
+        for layer in model:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x.clone())
+        return found
+
+    x = torch.randn(2, 3, 8, 8)
+    expected = features(x)
+    assert fuse(model).fused == ["1", "4"]
+    for got, wanted in zip(features(x), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert len(expected) == 2 and len(pickle.loads(pickle.dumps(model))) == 6
 
 
 def test_fuse_resnet():

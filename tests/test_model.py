@@ -185,6 +185,64 @@ def test_errors():
     assert isinstance(net.sample_path(2), Path)
 
 
+def test_what_would_go_wrong_silently_is_refused():
+    net = fractalnet.FractalNet(7, 2, (4,), image_size=8)
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="expected torch.nn.parallel.DistributedDataParallel"):
+        net._replicate_for_data_parallel()(x)
+    with pytest.raises(ValueError, match="anytime: expected a network in evaluation mode"):
+        next(net.anytime(x))
+    before = [b.clone() for b in net.buffers()]
+    with pytest.raises(TypeError, match=r"fractal_block: expected weights\[0\] of x's dtype torch.float64, got .*32"):
+        net(x.double())
+    assert all(map(torch.equal, before, net.buffers()))
+    net.path_step = 70_000
+    for cast in (torch.half, torch.float64):
+        state = {name: value.to(cast) for name, value in net.state_dict().items()}
+        with pytest.raises(
+            ValueError, match="expected _extra_state of two integers, path_seed and path_step, got float"
+        ):
+            net.load_state_dict(state)
+        state["_extra_state"] = net.get_extra_state()
+        net.load_state_dict(state)
+    assert net.path_step == 70_000
+    for name in ("conv_bias", "bn_affine", "split_stats"):
+        with pytest.raises(ValueError, match=f"FractalNet: expected {name} True or False, got 'no'"):
+            fractalnet.FractalNet(7, 2, (4,), image_size=8, **{name: "no"})
+    with pytest.raises(TypeError, match="create: expected name to be a str, got list"):
+        fractalnet.create(["fractal_c3"])
+
+
+def test_other_classes(tmp_path):
+    net = fractalnet.FractalNet(7, 2, (4, 6), image_size=8).double()
+    kept = {name: value.clone() for name, value in net.state_dict().items() if not name.startswith("head.")}
+    net.reset_classifier(3)
+    assert net.eval()(torch.randn(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 3)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in kept.items())
+    with pytest.raises(ValueError, match="FractalNet: expected num_classes a whole number >= 1, got 0"):
+        net.reset_classifier(0)
+    if hasattr(net, "_hub_mixin_config"):
+        net.save_pretrained(tmp_path)
+        assert fractalnet.FractalNet.from_pretrained(tmp_path).head.out_features == 3
+    net.head = torch.nn.Identity()
+    net.recalibrate([torch.randn(4, 3, 8, 8, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("options", [{"split_stats": False}, {"granularity": "sample"}, {}])
+def test_evaluation_before_training(options):
+    """Then one backward: as by the statistics that the evaluation saw."""
+    net = fractalnet.FractalNet(7, 2, (4,), image_size=8, **options).double()
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    net.eval()(x).sum().backward()
+    wanted = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    loss = net(x).sum()
+    net.train()(x)
+    loss.backward()
+    for p, grad in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
 def test_paths_are_drawn_on_the_cpu(granularity):
     with torch.device("meta"):  # stands for any other default device

@@ -46,6 +46,10 @@ def test_mean_join(backend):
         torch.testing.assert_close(MeanJoin()(ys), torch.stack(ys).mean(0))
         mask = torch.tensor([True, False, True])
         torch.testing.assert_close(MeanJoin()(ys, mask), (ys[0] + ys[2]) / 2)
+        pooled = torch.nn.functional.max_pool2d(torch.stack(ys).mean(0), 2)
+        torch.testing.assert_close(MeanJoin(pool="after")(ys), pooled)
+        torch.testing.assert_close(DropPathJoin(0.0, pool="after")(ys), pooled)
+        assert DropPathJoin(0.5, pool="before")(ys).shape == pooled.shape
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -137,6 +138,44 @@ def test_moved_data(tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", "--out", str(out), "--resume", "--data.root", str(tmp_path / "second")]) == 2
     assert "holds other images now" in capsys.readouterr().err
+
+
+def test_other_data(tmp_path, capsys):
+    """Names and channels of the images are the network's: others are refused, not scored."""
+    write_folder(tmp_path / "first", count=12)
+    recipe = written(tmp_path, data={"source": f"folder:{tmp_path / 'first'}"}, batch_size=8)
+    out = tmp_path / "run"
+    assert main(["train", recipe, "--out", str(out)]) == 0
+    classes = torch.load(out / "model.pt", weights_only=True)["data"]["classes"]
+    assert len(classes) > 1
+    for split in ("train", "test"):
+        (tmp_path / "first" / split / classes[0]).rename(tmp_path / "first" / split / "zebra")
+    for command in ("eval", "anytime"):
+        capsys.readouterr()
+        assert main([command, "--checkpoint", str(out / "model.pt")]) == 2
+        said = capsys.readouterr().err
+        assert f"expected classes {', '.join(classes)} of the training, got " in said and "zebra" in said
+
+
+def test_ten_crops_of_small_images(whole, capsys):
+    """A crop of an image of 8 pixels is off by one of them, not by half of the image."""
+    accuracies = []
+    for crops in ("1", "10"):
+        assert main(["eval", "--checkpoint", str(whole / "model.pt"), "--crops", crops]) == 0
+        accuracies.append(float(re.search(r"full\D*([\d.]+)%?", capsys.readouterr().out).group(1)))
+    assert accuracies[1] > 0.6 * accuracies[0]
+
+
+def test_what_a_training_leaves_is_loaded(whole, capsys):
+    from fractalnet import load
+
+    net = load(str(whole / "model.pt"))
+    assert not net.training and net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
+    with pytest.raises(UserError, match="there is no such file"):
+        load(str(whole / "no.pt"))
+    checkpoint = sorted((whole / "checkpoints").glob("step-*"))[0]
+    assert main(["eval", "--checkpoint", str(checkpoint)]) == 2
+    assert "is there to be resumed from; the network is model.pt" in capsys.readouterr().err
 
 
 # --- arithmetic ----------------------------------------------------------------------------------

@@ -154,6 +154,22 @@ def test_compiled(one_rank, which):
     torch.testing.assert_close(function(x), fk.bn_relu(x, None, None, None, None, True))
 
 
+def test_a_batch_without_live_samples_is_not_counted(one_rank):
+    """By statistics of live samples, and cumulative averaging, as without a group."""
+    results = []
+    for synchronised in (False, True):
+        net = fk.BNReLUJoin(2, 3, momentum=None, stats="live")
+        if synchronised:
+            fk.sync_batch_norm(net)
+        for step, live in enumerate((0, 1)):
+            torch.manual_seed(step)
+            net([torch.randn(4, 3, 5, 5) + 5 for _ in range(2)], torch.tensor([[1] * 4, [live] * 4]))
+        results.append(list(net.buffers()))
+    assert [int(bn.num_batches_tracked) for bn in net.bns] == [2, 1]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_group_that_is_gone(one_rank):
     net = fk.BatchNormReLU2d(3)
     fk.sync_batch_norm(net)

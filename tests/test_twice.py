@@ -155,6 +155,16 @@ def test_a_value_that_is_dropped_stays_out_of_second_derivatives():
         assert all(g.isfinite().all() for g in grads)
 
 
+def test_a_dropped_branch_without_eps():
+    """Its variance is of no values, and nothing is divided by it."""
+    y = [torch.randn(4, 2, 5, 5, requires_grad=True) for _ in range(2)]
+    w = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    out = fk.bn_relu_join(y, w, None, None, None, torch.tensor([True, False]), True, eps=0.0)
+    once = torch.autograd.grad(out.sum(), [*y, *w], retain_graph=True)
+    for a, b in zip(once, torch.autograd.grad(out.sum(), [*y, *w], create_graph=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_differentiated_twice_is_refused():
     """A noise that only the block's operators have; also where the incoming gradient is a constant."""
     x, weights = torch.randn(4, 16, 8, 8, requires_grad=True), [torch.randn(32, 16, 3, 3), torch.randn(16, 16, 3, 3)]

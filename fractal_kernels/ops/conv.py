@@ -191,7 +191,7 @@ def conv_bn_relu(
         raise ValueError(f"{op}: expected x of shape [N, C, H, W], got {list(x.shape)}")
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"{op}: expected groups >= 1, got {groups!r}")
-    if w.dim() != 4 or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups != 0:
+    if w.dim() != 4 or w.shape[1] * groups != x.shape[1] or w.shape[0] % groups != 0 or 0 in w.shape:
         raise ValueError(
             f"{op}: expected conv_weight of shape [C_out, C_in / groups, kH, kW] with C_in={x.shape[1]} and C_out a "
             f"multiple of groups={groups}, got {list(w.shape)}"

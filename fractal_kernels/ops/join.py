@@ -351,7 +351,9 @@ def drop_path_mask(
         raise TypeError(f"{op}: expected generator None or a torch.Generator, got {type(generator).__name__}")
     shape = (2, num_branches, 1 if batch_size is None else batch_size)
     # No generator where there is none: with one, a size that torch.compile does not know is refused.
-    draws = torch.rand(shape, device=device, **({} if generator is None else {"generator": generator}))
+    draws = torch.rand(
+        shape, dtype=torch.float32, device=device, **({} if generator is None else {"generator": generator})
+    )
     keep = draws[0] >= p
     revived = draws[1] == draws[1].amax(0) if draws.numel() else keep
     first = revived & (revived.cumsum(0) == 1)  # ties are as good as impossible, and still revive one

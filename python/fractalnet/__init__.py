@@ -6,6 +6,6 @@ from .drop_path import Path, tied_loss
 from .graphed import GraphedStep
 from .model import FractalNet
 from .plain import PlainNet
-from .zoo import create, list_models
+from .zoo import create, list_models, load
 
-__all__ = ["FractalNet", "GraphedStep", "Path", "PlainNet", "create", "list_models", "tied_loss"]
+__all__ = ["FractalNet", "GraphedStep", "Path", "PlainNet", "create", "list_models", "load", "tied_loss"]

@@ -44,6 +44,8 @@ class Path:
     """
 
     def __init__(self, keep: Tensor, column: int | None = None) -> None:
+        if not isinstance(keep, Tensor):
+            raise TypeError(f"Path: expected keep to be a Tensor, got {type(keep).__name__}")
         if keep.dim() not in (3, 4) or keep.dtype != torch.bool:
             raise ValueError(f"Path: expected keep bool [B, R, C] or [B, R, C, N], got {keep.dtype} {list(keep.shape)}")
         self.keep = keep
@@ -85,7 +87,7 @@ def column_path(blocks: int, columns: int, column: int) -> Path:
 
 def _local(blocks: int, columns: int, p: float, samples: int, generator: torch.Generator | None) -> Tensor:
     ends = _ends(columns).unsqueeze(-1)
-    draws = torch.rand((2, blocks, *ends.shape[:2], samples), generator=generator, device="cpu")
+    draws = torch.rand((2, blocks, *ends.shape[:2], samples), generator=generator, dtype=torch.float32, device="cpu")
     keep = (draws[0] >= p) & ends
     revived = torch.zeros_like(keep).scatter_(2, (draws[1] + ends).argmax(2, keepdim=True), True)
     return keep | (revived & ~keep.any(2, keepdim=True))
@@ -193,12 +195,14 @@ def sample_path(
     if mixture == "alternating":  # the share of global steps among the first ones is always the ratio, rounded down
         global_ratio = float(int((step + 1) * global_ratio) > int(step * global_ratio))
     if granularity == "batch":
-        if torch.rand((), generator=generator, device="cpu") < global_ratio:
+        if torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < global_ratio:
             return column_path(blocks, columns, int(torch.randint(columns, (), generator=generator, device="cpu")))
         return Path(_local(blocks, columns, local_drop, 1, generator)[..., 0])
     keep = _local(blocks, columns, local_drop, batch_size, generator)
     # A whole number of samples whose mean is the ratio's share, in small batches too.
-    alone = int(global_ratio * batch_size + float(torch.rand((), generator=generator, device="cpu")))
+    alone = int(
+        global_ratio * batch_size + float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))
+    )
     if alone:
         chosen = torch.randint(columns, (alone,), generator=generator, device="cpu").sort(descending=True).values
         only = torch.arange(columns, device="cpu").unsqueeze(1) == chosen

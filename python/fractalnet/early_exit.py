@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import drop_path
+from .layers import is_number
 
 if TYPE_CHECKING:
     from .model import FractalNet
@@ -52,7 +53,7 @@ def early_exit(model: FractalNet, x: Tensor, confidence: float = 0.9) -> EarlyEx
     """
     if model.training:
         raise ValueError("early_exit: expected a model in evaluation mode, got one in training mode; call model.eval()")
-    if not 0 <= confidence <= 1:
+    if not is_number(confidence) or not 0 <= confidence <= 1:
         raise ValueError(f"early_exit: expected confidence in [0, 1], got {confidence!r}")
     z = model.stem(x)
     answered = torch.empty(len(x), dtype=torch.int64, device=x.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-__all__ = ["check", "check_network", "init_conv", "plain_stem", "resnet_stem"]
+__all__ = ["check", "check_flags", "check_network", "init_conv", "plain_stem", "resnet_stem"]
 
 STEM_CHANNELS = 64
 
@@ -64,6 +64,11 @@ def check_network(
     momentum_holds = momentum is None or (is_number(momentum) and 0 <= momentum <= 1)
     check(op, "momentum", momentum_holds, "None or in [0, 1]", momentum)
     check(op, "eps", is_number(eps) and eps >= 0, "a number >= 0", eps)
+
+
+def check_flags(op: str, **flags: object) -> None:
+    for name, value in flags.items():
+        check(op, name, isinstance(value, bool), "True or False", value)
 
 
 def init_conv(weight: Tensor, init: str, fan_in: int, fan_out: int) -> None:

@@ -18,7 +18,7 @@ from .drop_path import Path
 from .early_exit import EarlyExit, early_exit
 from .fused import ACTIVATIONS, FractalBlock
 from .interchange import Hub
-from .layers import STEM_CHANNELS, check, check_network, is_number, is_whole, plain_stem, resnet_stem
+from .layers import STEM_CHANNELS, check, check_flags, check_network, is_number, is_whole, plain_stem, resnet_stem
 from .recalibrate import recalibrate
 
 __all__ = ["FractalBlock", "FractalNet"]
@@ -120,6 +120,7 @@ class FractalNet(nn.Module, Hub):
             momentum=momentum,
             eps=eps,
         )
+        check_flags("FractalNet", conv_bias=conv_bias, bn_affine=bn_affine, split_stats=split_stats)
         deep = is_whole(columns) and columns <= MAX_COLUMNS
         _check("columns", deep, f"from 1 to {MAX_COLUMNS}", columns)
         _check(
@@ -196,6 +197,11 @@ class FractalNet(nn.Module, Hub):
         ``state_dict`` keeps: a training that is resumed goes on with the same paths. Paths for the batch are the same
         on all ranks of a data-parallel job, whatever else their generators draw; paths per sample differ.
         """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "FractalNet: expected torch.nn.parallel.DistributedDataParallel, or a path given, got a replica of "
+                "DataParallel, which would draw the same path in every step"
+            )
         step, self.path_step = self.path_step, self.path_step + 1
         if generator is None:
             many = self.granularity == "sample" and dist.is_available() and dist.is_initialized()
@@ -212,6 +218,16 @@ class FractalNet(nn.Module, Hub):
             step=step,
             generator=generator,
         )
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new linear classifier for other classes; everything else stays, for transfer learning."""
+        _check("num_classes", is_whole(num_classes), "a whole number >= 1", num_classes)
+        like = next(self.parameters())
+        self.head = nn.Linear(self.blocks[-1].out_channels, num_classes, device=like.device, dtype=like.dtype)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        if isinstance(made := getattr(self, "_hub_mixin_config", None), dict):  # what save_pretrained writes
+            made["num_classes"] = num_classes
 
     def sync_batch_norm(self, group: dist.ProcessGroup | None = None) -> None:
         """Batch statistics over all ranks of a process group (None: the default one) in training: one collective per
@@ -230,6 +246,12 @@ class FractalNet(nn.Module, Hub):
         return torch.tensor([self.path_seed, self.path_step])
 
     def set_extra_state(self, state: Tensor) -> None:
+        if state.dtype.is_floating_point or state.shape != (2,):
+            raise ValueError(
+                "FractalNet: expected _extra_state of two integers, path_seed and path_step, got "
+                f"{str(state.dtype).removeprefix('torch.')} {state.tolist()}: of a state_dict that was cast or "
+                "averaged, keep the network's own: state['_extra_state'] = model.get_extra_state()"
+            )
         self.path_seed, self.path_step = state.tolist()
 
     def forward(self, x: Tensor, path: Path | None = None, column: int | None = None, dense: bool = False) -> Tensor:
@@ -294,7 +316,12 @@ class FractalNet(nn.Module, Hub):
         """Yields (column, depth, logits), shallow first: the caller stops when it has to answer.
 
         Columns share no activations but the stem's, which runs once, so nothing is computed twice.
+
+        Raises:
+            ValueError: the network is in training mode, in which it would move its running statistics.
         """
+        if self.training:
+            raise ValueError("anytime: expected a network in evaluation mode, got one in training mode; call eval()")
         x = self.stem(x)
         for column in range(self.columns):
             path = drop_path.column_path(len(self.blocks), self.columns, column)

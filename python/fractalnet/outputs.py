@@ -304,7 +304,7 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
         "columns": columns,
         "history": this.history,
     }
-    images = trained.facts(this.config.data, this.augment)
+    images = trained.facts(this.config.data, this.augment, this.data)
     # First and by itself, whatever becomes of what follows.
     write(out, {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)})
     files: dict[str, bytes] = {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-from .layers import STEM_CHANNELS, check, check_network, init_conv, is_whole, resnet_stem
+from .layers import STEM_CHANNELS, check, check_flags, check_network, init_conv, is_whole, resnet_stem
 
 __all__ = ["PlainNet"]
 
@@ -83,6 +83,7 @@ class PlainNet(nn.Module):
             momentum=momentum,
             eps=eps,
         )
+        check_flags("PlainNet", conv_bias=conv_bias, bn_affine=bn_affine)
         self.channels, self.image_size, self.depth_per_block = tuple(channels), image_size, depth_per_block
         norm = {"momentum": momentum, "eps": eps}
         self.stem = resnet_stem(in_channels, init, conv_bias, bn_affine, **norm) if stem else nn.Identity()

@@ -59,7 +59,7 @@ def recalibrate(
     options = [(m, name, getattr(m, name)) for m in normalising for name in ("momentum", "dropout") if hasattr(m, name)]
     modes = [(m, m.training) for m in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    device = model.head.weight.device
+    device = next(model.parameters()).device
     done = False
     try:
         for module in normalising:

@@ -28,6 +28,7 @@ from .devices import fabric_for, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import Stopped, UserError, folder_for, require
 from .graphed import GraphedStep
+from .layers import is_whole
 from .loader import Loader
 from .model import FractalNet
 from .plain import PlainNet
@@ -72,12 +73,11 @@ def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[Fracta
     if len(dataset.classes) < 2:
         raise UserError(f"data {dataset.name}: expected 2 classes or more, got {len(dataset.classes)}")
     arguments = {**shape, **config.network}
-    for name, there, fits in (
-        ("num_classes", f"{shape['num_classes']} or more", arguments["num_classes"] >= shape["num_classes"]),
-        ("in_channels", str(shape["in_channels"]), arguments["in_channels"] == shape["in_channels"]),
-    ):
-        if not fits:
-            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {arguments[name]}")
+    for name, value in shape.items():
+        got, many = arguments[name], name == "num_classes"
+        if not is_whole(got) or (got < value if many else got != value):
+            there = f"{value} or more" if many else str(value)
+            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {got!r}")
     return evaluate.build(arguments, what), arguments
 
 

@@ -47,9 +47,10 @@ def pack(
     return buffer.getvalue()
 
 
-def facts(data: Data, augment: Augment) -> dict[str, Any]:
-    """Which images a network was trained on, and how they were normalised."""
+def facts(data: Data, augment: Augment, images: sources.Dataset) -> dict[str, Any]:
+    """Which images a network was trained on, what its classes are called, and how the images were normalised."""
     found = {"source": data.source, "root": data.root and str(data.root), "image_size": data.image_size}
+    found |= {"classes": list(images.classes), "channels": images.channels}
     return found | {"mean": list(augment.mean), "std": list(augment.std), "normalise": augment.normalise}
 
 
@@ -58,7 +59,17 @@ def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Datas
     known = content["data"]
     own = known["root"] and Path(known["root"])
     data = sources.load(known["source"], root or own, known["image_size"])
+    for name, got in (("channels", data.channels), ("classes", list(data.classes))):
+        if known.get(name, got) != got:  # files of before do not say it
+            raise UserError(
+                f"data {data.name}: expected {name} {_short(known[name])} of the training, got {_short(got)}"
+            )
     return data, replace(Augment.of(data, normalise=known["normalise"]), mean=known["mean"], std=known["std"]).eval()
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def holdout(content: dict[str, Any], root: Path | None = None, crops: int = 1, device: str = "cpu") -> Loader:
@@ -71,11 +82,12 @@ def holdout(content: dict[str, Any], root: Path | None = None, crops: int = 1, d
 
 
 def views(loader: Loader, crops: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches of a loader, as they are or as ten crops: of small images after padding by 4 zeros."""
+    """Batches of a loader, as they are or as ten crops: of images in memory after padding by an eighth of their side,
+    which is the 4 zeros of CIFAR's."""
     for x, y, _ in loader.epoch(0):
         if crops == 10:
             small = isinstance(loader.images, Images)
-            x = ten_crop(x, x.shape[-1] if small else loader.augment.size, pad=4 if small else 0)
+            x = ten_crop(x, x.shape[-1] if small else loader.augment.size, pad=round(x.shape[-1] / 8) if small else 0)
         yield x, y
 
 
@@ -97,6 +109,10 @@ def unpack(path: Path) -> tuple[Network, dict[str, Any]]:
         raise UserError(f"{what}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what a file that is no checkpoint raises depends on what it is
         raise UserError(f"{what}: damaged, or not a PyTorch file ({type(error).__name__})") from error
+    if path.name.startswith("step-"):
+        raise UserError(
+            f"{what}: is there to be resumed from; the network is model.pt, which the training's end writes"
+        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{what}: not written by `python -m fractalnet train` (expected format {FORMAT!r})")
     try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .model import FractalNet
 from .plain import PlainNet
 
-__all__ = ["create", "list_models", "resolved"]
+__all__ = ["create", "list_models", "load", "resolved"]
 
 _ULTRA = {"channels": (16, 32, 64, 128, 128), "num_classes": 100}
 _FRACTAL: dict[str, dict[str, Any]] = {
@@ -81,8 +82,28 @@ def create(name: str, **overrides: Any) -> FractalNet | PlainNet:
         >>> sum(p.numel() for p in create("fractal_c3").parameters())
         2125204
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create: expected name to be a str, got {type(name).__name__}")
     if name in _FRACTAL:
         return FractalNet(**{**_FRACTAL[name], **overrides})
     if name in _PLAIN:
         return PlainNet(**{**_PLAIN[name], **overrides})
     raise ValueError(f"create: expected name one of {', '.join(list_models())}, got {name!r}")
+
+
+def load(path: str | Path) -> FractalNet | PlainNet:
+    """The network of a training's model.pt, in evaluation mode on the CPU. Nothing in the file is executed.
+
+    How its images go in is in ``torch.load(path, weights_only=True)["data"]``: ``mean``, ``std`` and ``normalise``, and
+    the names of the ``classes``.
+
+    Args:
+        path: what ``python -m fractalnet train`` has written.
+    Raises:
+        fractalnet.files.UserError: the file is missing, damaged, or not of a training.
+    Example:
+        >>> load("runs/digits/model.pt")(images)  # doctest: +SKIP
+    """
+    from .trained import unpack
+
+    return unpack(Path(path))[0]
