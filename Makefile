@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP
 STAMP := .venv/.stamp
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test ranks lint bench aot interpret cuda-check gpu docs wheel clean
+.PHONY: setup demo test ranks lint bench aot interpret torture cuda-check gpu docs wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -47,9 +47,15 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	.venv/bin/clang-format --dry-run -Werror $(filter %.cpp %.h %.inc %.cu %.cuh,$(CSRC)) tests/simt/*.h tests/simt/*.cpp
 	$(PY) -m mypy fractal_kernels
+	@git ls-files | grep -E '\.(py|cpp|h|inc|cu|cuh)$$' | xargs wc -l | awk '$$1 > 400 && $$2 != "total" {print "over 400 lines:", $$2; bad = 1} END {exit bad}'
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.report --run $(ARGS)
+
+# Properties of the joins over shapes, strides, slices and masks that nobody would choose, others in every run: twenty
+# minutes. What fails says how to run it again.
+torture: $(STAMP)
+	FRACTAL_TORTURE=10000 $(PY) -m pytest -q tests/test_properties.py $(ARGS)
 
 # Every Triton kernel with every flag as machine code of two GPUs: registers, spills, width of loads. Two hours, by
 # estimate.

@@ -30,6 +30,7 @@ needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a G
 # can show, which a round on one must not miss for want of time.
 LONG = (
     "test_graphed.py",
+    "test_graphed_training.py",
     "test_gpu.py",
     "test_triton.py",
     "test_cuda.py",
@@ -39,12 +40,15 @@ LONG = (
     "test_train.py",
 )
 
+TORTURE = int(os.environ.get("FRACTAL_TORTURE", "0"))  # examples of each property, others in every run
+
 if settings is not None:
     settings.register_profile(
         "fractal",
         deadline=None,
-        derandomize=True,
-        max_examples=40,
+        derandomize=not TORTURE,
+        print_blob=True,
+        max_examples=TORTURE or 40,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("fractal")

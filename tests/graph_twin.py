@@ -100,3 +100,35 @@ class Apart(Inside):
         seen = [t for t in (*tensors((args, kwargs)), *tensors(out)) if t.dim() or t.is_meta or copies]
         if len({t.device.type for t in seen}) > 1:
             raise AssertionError(f"{func} takes from one device to the other")
+
+
+def side_by_side(kinds, data, paths, tolerance, lr=2**-4):
+    """Every step from what the ordinary one began with: what it does to weights, momenta and statistics, and its loss.
+
+    kinds: net, optimizer, step and state of the ordinary run and of the graphed one. Returns the number of replays.
+    """
+    (net, optimizer, step, state), (graphed, its_optimizer, its_step, its_state) = kinds
+    replays = 0
+    for i, ((x, y), path) in enumerate(zip(data, paths, strict=True)):
+        began = [t.detach().clone() for t in state()]
+        if len(began) == len(its_state()):
+            with torch.no_grad():
+                for to, t in zip(its_state(), began, strict=True):
+                    to.copy_(t)
+        losses = []
+        replays += any(g.replay for g in its_step._graphs.values())
+        for call, opt in ((step, optimizer), (its_step, its_optimizer)):
+            torch.manual_seed(100 + i)  # of dropout
+            opt.param_groups[0]["lr"] = lr * 2.0 ** -(i % 3)  # which float32 holds exactly
+            losses.append(call(x, y, path))
+        torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+        if len(began) == len(state()):
+            moved = 0
+            for was, a, b in zip(began, state(), its_state(), strict=True):
+                change = torch.linalg.vector_norm((a - was).double())
+                # Beside a float's own: a bias before a batch norm has a gradient of nothing but rounding.
+                rounding = 1e-6 * torch.linalg.vector_norm(was.double()) + 1e-7 * was.numel() ** 0.5
+                assert torch.linalg.vector_norm((a - b).double()) <= tolerance * change + rounding, i
+                moved += bool(change > 10 * rounding)
+            assert moved > 3, i
+    return replays

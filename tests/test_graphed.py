@@ -13,7 +13,7 @@ from conftest import needs_gpu
 from fractalnet import FractalNet, PlainNet
 from fractalnet.drop_path import Path, column_path, full_path
 from fractalnet.graphed import GraphedStep
-from graph_twin import Apart, Twin
+from graph_twin import Apart, Twin, side_by_side
 
 from fractal_kernels import use_backend
 
@@ -97,38 +97,6 @@ def test_replays_equal_ordinary_steps(name, backend):
         assert step.problem == "" and twin.captures == kinds and twin.replays == 24 - 2 * kinds
         hold(results[1][0], results[0][0], 1e-10)
         hold(results[1][1], results[0][1], 1e-10)
-
-
-def side_by_side(kinds, data, paths, tolerance, lr=2**-4):
-    """Every step from what the ordinary one began with: what it does to weights, momenta and statistics, and its loss.
-
-    kinds: net, optimizer, step and state of the ordinary run and of the graphed one. Returns the number of replays.
-    """
-    (net, optimizer, step, state), (graphed, its_optimizer, its_step, its_state) = kinds
-    replays = 0
-    for i, ((x, y), path) in enumerate(zip(data, paths, strict=True)):
-        began = [t.detach().clone() for t in state()]
-        if len(began) == len(its_state()):
-            with torch.no_grad():
-                for to, t in zip(its_state(), began, strict=True):
-                    to.copy_(t)
-        losses = []
-        replays += any(g.replay for g in its_step._graphs.values())
-        for call, opt in ((step, optimizer), (its_step, its_optimizer)):
-            torch.manual_seed(100 + i)  # of dropout
-            opt.param_groups[0]["lr"] = lr * 2.0 ** -(i % 3)  # which float32 holds exactly
-            losses.append(call(x, y, path))
-        torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
-        if len(began) == len(state()):
-            moved = 0
-            for was, a, b in zip(began, state(), its_state(), strict=True):
-                change = torch.linalg.vector_norm((a - was).double())
-                # Beside a float's own: a bias before a batch norm has a gradient of nothing but rounding.
-                rounding = 1e-6 * torch.linalg.vector_norm(was.double()) + 1e-7 * was.numel() ** 0.5
-                assert torch.linalg.vector_norm((a - b).double()) <= tolerance * change + rounding, i
-                moved += bool(change > 10 * rounding)
-            assert moved > 3, i
-    return replays
 
 
 @pytest.mark.parametrize("name", list(NETS))
@@ -380,66 +348,3 @@ def test_wrong_warmup():
     net, optimizer, work, _ = build(NETS["fused"])
     with pytest.raises(ValueError, match="GraphedStep: expected warmup >= 1, got 0"):
         GraphedStep(net, optimizer, work, warmup=0)
-
-
-@pytest.mark.parametrize("precision", ["fp64", "bf16"])
-def test_training(precision, monkeypatch, tmp_path):
-    from fractalnet import train
-
-    twins = []
-
-    def graphed(net, optimizer, work):
-        twins.append(Twin(lambda: changing(net, optimizer)))
-        return GraphedStep(net, optimizer, work, capturer=twins[0], warmup=1)
-
-    pytest.importorskip("lightning")
-    monkeypatch.setattr(train, "GraphedStep", graphed)
-    trained_alike(tmp_path, precision, "cpu", 1e-9 if precision == "fp64" else 2e-2)
-    assert twins[0].captures >= 2 and twins[0].replays >= 8
-
-
-@needs_gpu
-@pytest.mark.gpu
-def test_training_on_a_gpu(tmp_path, capsys):
-    pytest.importorskip("lightning")
-    pytest.importorskip("jsonargparse", reason="the options of a training are jsonargparse's")
-    trained_alike(tmp_path, "fp32", "gpu", 2e-2)
-    assert "not used" not in capsys.readouterr().out
-
-
-def trained_alike(folder, precision, accelerator, tolerance):
-    """The training application with --graphs against itself without: weights and statistics."""
-    from fractalnet import config, train
-
-    recipe = folder / "small.yaml"
-    recipe.write_text(
-        """
-network: {columns: 2, channels: [4, 6]}
-data: {source: digits}
-epochs: 2
-batch_size: 200
-clip: 1.0
-ema: 0.9
-optimizer: {class_path: SGD, init_args: {lr: 0.0625, momentum: 0.9, fused: true}}
-schedule: {kind: halving, factor: 0.5}
-tensorboard: false
-"""
-    )
-    states = []
-    for graphs in ("false", "true"):
-        options = ["--graphs", graphs, "--precision", precision, "--accelerator", accelerator]
-        found, plain = config.load(str(recipe), options)
-        train.run(found, plain, "small", folder / graphs)
-        states.append(torch.load(folder / graphs / "model.pt", weights_only=True)["state"])
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=tolerance, atol=tolerance, msg=key)
-
-
-def test_training_says_why_it_has_no_graphs(tmp_path, capsys):
-    pytest.importorskip("lightning")
-    from fractalnet.__main__ import main
-
-    options = ["--graphs", "true", "--epochs", "1", "--accelerator", "cpu", "--network.channels", "[4]"]
-    options += ["--network.columns", "1", "--compare_eager", "false", "--tensorboard", "false"]
-    assert main(["train", "digits", "--out", str(tmp_path / "run"), *options]) == 0
-    assert "--graphs: not used: CUDA graphs need a CUDA device" in capsys.readouterr().out

@@ -131,6 +131,10 @@ def check_code(setting, code):
     dtype, k, flags, channels_last, _ = setting
     assert code.spills == 0 and code.stack == 0, (setting, code)
     assert code.double == 0, (setting, code)
+    writes = {"join_forward": 1, "join_backward_apply": k}.get(code.name)
+    if channels_last and k <= (3 if flags & POOL else 6):  # no element by itself
+        assert not any("U16" in name for name in code.loads), (setting, code)
+        assert writes is None or set(code.stores) <= {"STG.E.64", "STG.E.128"}, (setting, code)
     if code.name not in config.MOST_REGISTERS or k > 3 or flags & POOL:
         return
     row = 1 if channels_last else 16 // dtype.itemsize
@@ -139,11 +143,10 @@ def check_code(setting, code):
         assert set(code.loads) <= {"LDG.E.128", "LDG.E.U8", "LDG.E"}, (setting, code)
         units = config.STATS_UNROLL[True] if code.name == "channel_stats" else 1
         assert code.loads["LDG.E.128"] >= units * k and code.loads.get("LDG.E", 0) <= k, (setting, code)
-        if code.name in ("join_forward", "join_backward_apply"):
-            assert code.stores == {"STG.E.128": 1 if code.name == "join_forward" else k}, (setting, code)
     else:  # a value per channel is one number to a program
         units = config.ROW_UNROLL if code.name == "channel_stats" else 1
         assert code.loads["LDG.E.128"] == units * k + (code.name.startswith("join_backward")), (setting, code)
+    assert writes is None or code.stores == {"STG.E.128": writes}, (setting, code)
 
 
 # --- dispatch ------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Code:
             len(re.findall(r"\b(?:STL|LDL)\b", text)),
             dict(Counter(re.findall(r"\bLDG\.E[.\w]*", text))),
             dict(Counter(re.findall(r"\bSTG\.E[.\w]*", text))),
-            len(re.findall(r"\bD(?:ADD|MUL|FMA)\b", text)),
+            len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\.F64\b", text)),
         )
 
 
