@@ -28,8 +28,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("drop_path", ["mixture", "off"])
-@pytest.mark.parametrize("against", list(bench_gpu_steps.AGAINST))
+@pytest.mark.parametrize(
+    "against, drop_path",
+    [*((against, "mixture") for against in bench_gpu_steps.AGAINST), ("eager", "off"), ("own", "off")],
+)
 @pytest.mark.parametrize("name, precision", [("fused", "bf16"), ("composed", "fp32"), ("stem", "fp16")])
 def test_the_steps_of_a_gpu_on_the_cpu(name, precision, against, drop_path, monkeypatch):
     """Every contender of a GPU's rows agrees with the others and steps; the compiler only traces here."""
