@@ -367,8 +367,7 @@ def test_gradients_share_no_memory(backend):
     a, b = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
     grad = torch.ones(2, 3, 4, 4)
     masked_mean_join([a, b], backend=backend).backward(grad)
-    a.grad.mul_(10)
-    b.grad.mul_(100)
+    a.grad.mul_(10), b.grad.mul_(100)
     assert a.grad.unique().item() == 5 and b.grad.unique().item() == 50 and grad.unique().item() == 1
 
 
