@@ -19,6 +19,7 @@ import pytest
 OVER = "the time is over"
 _begun = time.monotonic()
 _some_done = False
+_PASSED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,7 +85,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
     if (path := item.config.getoption("--rows")) and call.when == "call" and report.passed and "what" in row:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "test": item.nodeid}) + "\n")
-    if (path := item.config.getoption("--passed")) and call.when == "call" and report.passed:
+    if call.when == "call":
+        item.stash[_PASSED] = report.passed
+    # After its teardown, where a device's errors may show.
+    good = call.when == "teardown" and report.passed and item.stash.get(_PASSED, False)
+    if (path := item.config.getoption("--passed")) and good:
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{item.nodeid}\n")
     if (path := item.config.getoption("--failures")) and report.failed:

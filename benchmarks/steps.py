@@ -123,11 +123,12 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes of the distinct storages that autograd saves for backward; but not parameters and buffers, nor autocast's
     copies of weights, which a step makes whoever saves them."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    weights = {p.shape: p.dtype for p in model.parameters() if p.dim() > 1}
+    # By sizes in any order: what is saved may be a view, [O, I, 3, 3] of a wide weight [O, 3, 3, I].
+    weights = {tuple(sorted(p.shape)): p.dtype for p in model.parameters() if p.dim() > 1}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if weights.get(tensor.shape, tensor.dtype) == tensor.dtype:
+        if weights.get(tuple(sorted(tensor.shape)), tensor.dtype) == tensor.dtype:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

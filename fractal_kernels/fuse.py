@@ -109,7 +109,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
             before.__class__ = StepConv2d
     for name in relus:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, FusedReLU())
+        setattr(modules[parent], child, FusedReLU().train(modules[name].training))
     for module in modules.values() if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
             module.__class__, module.recompute = StepConv2d, True

@@ -30,6 +30,8 @@ class MeanJoin(nn.Module):
         0.5
     """
 
+    pool: str | None = None  # of modules pickled before there was one
+
     def __init__(self, pool: str | None = None) -> None:
         super().__init__()
         checks.join_options("MeanJoin", "mean", "none", pool, "all")
@@ -55,6 +57,8 @@ class DropPathJoin(nn.Module):
         >>> DropPathJoin(0.15)([torch.ones(1, 2, 3, 3)] * 3).mean().item()
         1.0
     """
+
+    pool: str | None = None  # as above
 
     def __init__(self, p: float, granularity: str = "batch", pool: str | None = None) -> None:
         super().__init__()
@@ -232,7 +236,8 @@ class BNReLUJoin(nn.Module):
         if mask is None or (mask.dim() == 2 and self.stats == "all"):
             return [None] * len(self.bns)
         live = (mask != 0).reshape(len(self.bns), -1).any(1)
-        if mask.dim() == 2 and self.sync_group is not None and self.bns[0].training:  # or has some on another rank
+        tracks = self.bns[0].training and self.bns[0].track_running_stats
+        if mask.dim() == 2 and self.sync_group is not None and tracks:  # or has some on another rank
             group = sync.name_of("BNReLUJoin", self.sync_group)
             live = torch.ops.fractal_kernels.sync_sums(live.to(torch.float32), group) > 0
         return list(live.unbind())
@@ -273,8 +278,8 @@ def sync_batch_norm(module: nn.Module, group: object = None) -> int:
     """Lets the batch norms of this package's modules run over all ranks of a process group in training.
 
     One collective forward and one backward per join (in a fractal block: per row), as ``torch.nn.SyncBatchNorm`` needs
-    one per batch norm. Gradients of weights stay each rank's own, for data parallelism to average. Ranks that have an
-    empty batch take part.
+    one per batch norm; one more forward where ``BNReLUJoin(stats="live")`` is given a mask per sample. Gradients of
+    weights stay each rank's own, for data parallelism to average. Ranks that have an empty batch take part.
 
     Args:
         module: changed in place; modules of other packages in it stay as they are.

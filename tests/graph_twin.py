@@ -116,7 +116,8 @@ def side_by_side(kinds, data, paths, tolerance, lr=2**-4):
                 for to, t in zip(its_state(), began, strict=True):
                     to.copy_(t)
         losses = []
-        replays += any(g.replay for g in its_step._graphs.values())
+        recorded = its_step._graphs.get(path.column)
+        replays += recorded is not None and recorded.replay is not None
         for call, opt in ((step, optimizer), (its_step, its_optimizer)):
             torch.manual_seed(100 + i)  # of dropout
             opt.param_groups[0]["lr"] = lr * 2.0 ** -(i % 3)  # which float32 holds exactly

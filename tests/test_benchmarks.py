@@ -77,6 +77,31 @@ def test_the_eager_network_stays_in_its_layout_and_dtype(name, masked):
     assert all(t.dtype == torch.bfloat16 for t in seen if t is not x)
 
 
+def saved_by(forward):
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        forward()
+    return seen
+
+
+@pytest.mark.parametrize("form", ["ours", "dense"])
+@pytest.mark.parametrize("name", ["fused", "composed"])
+def test_saved_bytes_count_no_casts_of_weights(name, form):
+    """In whatever order a copy has the sizes of a weight."""
+    ours, _, dense = steps.three_nets(TINY[name])
+    x, path = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last), steps.full_path(TINY[name])
+    model = ours if form == "ours" else dense
+    call = (lambda: ours(x, path=path)) if form == "ours" else (lambda: dense(x, dense.full_masks()))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, counted = saved_by(call), steps.saved_bytes(model, call)
+    sizes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() > 1}
+    casts = {t.data_ptr(): t.nbytes for t in seen if t.dtype == torch.bfloat16 and tuple(sorted(t.shape)) in sizes}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in seen}
+    everything = sum(size for address, size in kept.items() if address not in own)
+    assert len(casts) >= 3 and 0 < counted <= everything - sum(casts.values())
+
+
 def test_the_headline_of_the_gpu_comes_first():
     rows = bench_gpu_steps.ROWS
     first = [("fractalnet20", 100, "bf16"), ("fractalnet40", 100, "bf16"), ("fractalnet34", 64, "bf16")]

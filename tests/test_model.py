@@ -197,11 +197,9 @@ def test_what_would_go_wrong_silently_is_refused():
         net(x.double())
     assert all(map(torch.equal, before, net.buffers()))
     net.path_step = 70_000
-    for cast in (torch.half, torch.float64):
+    for cast in (torch.half, torch.float64, torch.int8, torch.bool):
         state = {name: value.to(cast) for name, value in net.state_dict().items()}
-        with pytest.raises(
-            ValueError, match="expected _extra_state of two integers, path_seed and path_step, got float"
-        ):
+        with pytest.raises(ValueError, match="expected _extra_state of two integers, path_seed and path_step, got "):
             net.load_state_dict(state)
         state["_extra_state"] = net.get_extra_state()
         net.load_state_dict(state)
@@ -224,6 +222,9 @@ def test_other_classes(tmp_path):
     if hasattr(net, "_hub_mixin_config"):
         net.save_pretrained(tmp_path)
         assert fractalnet.FractalNet.from_pretrained(tmp_path).head.out_features == 3
+    plain = fractalnet.create("plain_c1")
+    plain.reset_classifier(3)
+    assert plain(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     net.head = torch.nn.Identity()
     net.recalibrate([torch.randn(4, 3, 8, 8, dtype=torch.float64)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -50,6 +51,9 @@ def test_mean_join(backend):
         torch.testing.assert_close(MeanJoin(pool="after")(ys), pooled)
         torch.testing.assert_close(DropPathJoin(0.0, pool="after")(ys), pooled)
         assert DropPathJoin(0.5, pool="before")(ys).shape == pooled.shape
+        for module in (MeanJoin(), DropPathJoin(0.5)):
+            del module.__dict__["pool"]  # as in files of before
+            assert pickle.loads(pickle.dumps(module))(ys).shape == ys[0].shape and repr(module)
 
 
 @pytest.mark.parametrize(

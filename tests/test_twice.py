@@ -165,6 +165,25 @@ def test_a_dropped_branch_without_eps():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["step", "network"])
+def test_what_is_frozen_after_the_forward(kind):
+    """As in turns of two networks: gradients of what still requires them."""
+    net = fk.ConvBNReLU(16, 16) if kind == "step" else fractalnet.FractalNet(3, 2, (16,), in_channels=16, image_size=8)
+    x = torch.randn(4, 16, 8, 8, requires_grad=True)
+    out = net(x)
+    net.requires_grad_(False)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert grad.requires_grad and grad.abs().max() > 0
+
+
+def test_running_statistics_have_no_gradient():
+    mean, var = torch.zeros(3, requires_grad=True), torch.ones(3)
+    with pytest.raises(ValueError, match="bn_relu: expected running statistics that require no gradient"):
+        fk.bn_relu(torch.randn(2, 3, 4, 4), None, None, mean, var)
+    with torch.no_grad():
+        fk.bn_relu(torch.randn(2, 3, 4, 4), None, None, mean, var)
+
+
 def test_what_cannot_be_differentiated_twice_is_refused():
     """A noise that only the block's operators have; also where the incoming gradient is a constant."""
     x, weights = torch.randn(4, 16, 8, 8, requires_grad=True), [torch.randn(32, 16, 3, 3), torch.randn(16, 16, 3, 3)]

@@ -213,6 +213,8 @@ def normalised_join(
         params += [ys[0].new_ones(channels, dtype=dtype) if w is None else w for w in weights]
         params += [ys[0].new_zeros(channels, dtype=dtype) if b is None else b for b in biases]
     running = [t for t in (*running_means, *running_vars) if t is not None]
+    if not batch_stats and torch.is_grad_enabled() and any(t.requires_grad for t in running):
+        raise ValueError(f"{op}: expected running statistics that require no gradient: they have none")
     if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
         params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]

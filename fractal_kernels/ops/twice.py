@@ -54,7 +54,8 @@ def inputs_of(ctx: Any) -> list[Tensor | None]:
 
 def gradients(ctx: Any, out: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> Gradients:
     """The gradients of a definition's ``out`` by the ``inputs``, which are in the places of ``forward``'s arguments."""
-    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+    # Not what has been frozen since.
+    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad and ctx.needs_input_grad[i]]
     by = [inputs[i] for i in wanted]
     found = torch.autograd.grad(out, by, grad.to(out.dtype), create_graph=True, materialize_grads=True)  # type: ignore[arg-type]
     places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)

@@ -114,7 +114,8 @@ class Block(nn.Module):
         """
         held = self.running_mean, self.running_var
         if len(self.running_mean) == 1:
-            return [t[0].clone() for t in held]  # training may move them before the backward of this evaluation
+            # With gradients copies: training may move them before the backward of this evaluation.
+            return [t[0].clone() if torch.is_grad_enabled() else t[0] for t in held]
         own = (alone.to(self.running_mean.device) % 2).view(1)
         borrows = self.per_channel(self._borrows(own))
         return [torch.where(borrows, t.index_select(0, 1 - own), t.index_select(0, own))[0] for t in held]

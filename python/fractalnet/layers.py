@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-__all__ = ["check", "check_flags", "check_network", "init_conv", "plain_stem", "resnet_stem"]
+__all__ = ["check", "check_flags", "check_network", "init_conv", "new_head", "plain_stem", "resnet_stem"]
 
 STEM_CHANNELS = 64
 
@@ -69,6 +69,16 @@ def check_network(
 def check_flags(op: str, **flags: object) -> None:
     for name, value in flags.items():
         check(op, name, isinstance(value, bool), "True or False", value)
+
+
+def new_head(model: nn.Module, features: int, num_classes: int) -> nn.Linear:
+    """Of a network that has weights: where they are, in their dtype and its mode."""
+    check(type(model).__name__, "num_classes", is_whole(num_classes), "a whole number >= 1", num_classes)
+    like = next(model.parameters())
+    head = nn.Linear(features, num_classes, device=like.device, dtype=like.dtype)
+    nn.init.xavier_uniform_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head.train(model.training)
 
 
 def init_conv(weight: Tensor, init: str, fan_in: int, fan_out: int) -> None:

@@ -18,7 +18,17 @@ from .drop_path import Path
 from .early_exit import EarlyExit, early_exit
 from .fused import ACTIVATIONS, FractalBlock
 from .interchange import Hub
-from .layers import STEM_CHANNELS, check, check_flags, check_network, is_number, is_whole, plain_stem, resnet_stem
+from .layers import (
+    STEM_CHANNELS,
+    check,
+    check_flags,
+    check_network,
+    is_number,
+    is_whole,
+    new_head,
+    plain_stem,
+    resnet_stem,
+)
 from .recalibrate import recalibrate
 
 __all__ = ["FractalBlock", "FractalNet"]
@@ -221,11 +231,7 @@ class FractalNet(nn.Module, Hub):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new linear classifier for other classes; everything else stays, for transfer learning."""
-        _check("num_classes", is_whole(num_classes), "a whole number >= 1", num_classes)
-        like = next(self.parameters())
-        self.head = nn.Linear(self.blocks[-1].out_channels, num_classes, device=like.device, dtype=like.dtype)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = new_head(self, self.blocks[-1].out_channels, num_classes)
         if isinstance(made := getattr(self, "_hub_mixin_config", None), dict):  # what save_pretrained writes
             made["num_classes"] = num_classes
 
@@ -246,7 +252,7 @@ class FractalNet(nn.Module, Hub):
         return torch.tensor([self.path_seed, self.path_step])
 
     def set_extra_state(self, state: Tensor) -> None:
-        if state.dtype.is_floating_point or state.shape != (2,):
+        if state.dtype not in (torch.int32, torch.int64) or state.shape != (2,):
             raise ValueError(
                 "FractalNet: expected _extra_state of two integers, path_seed and path_step, got "
                 f"{str(state.dtype).removeprefix('torch.')} {state.tolist()}: of a state_dict that was cast or "

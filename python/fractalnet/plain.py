@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-from .layers import STEM_CHANNELS, check, check_flags, check_network, init_conv, is_whole, resnet_stem
+from .layers import STEM_CHANNELS, check, check_flags, check_network, init_conv, is_whole, new_head, resnet_stem
 
 __all__ = ["PlainNet"]
 
@@ -105,6 +105,10 @@ class PlainNet(nn.Module):
         self.head = nn.Linear(width, num_classes)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """As :meth:`FractalNet.reset_classifier`."""
+        self.head = new_head(self, self.channels[-1], num_classes)
 
     def depth(self) -> int:
         """Convolutions in a row, the stem's among them."""

@@ -59,17 +59,15 @@ def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Datas
     known = content["data"]
     own = known["root"] and Path(known["root"])
     data = sources.load(known["source"], root or own, known["image_size"])
-    for name, got in (("channels", data.channels), ("classes", list(data.classes))):
-        if known.get(name, got) != got:  # files of before do not say it
-            raise UserError(
-                f"data {data.name}: expected {name} {_short(known[name])} of the training, got {_short(got)}"
-            )
+    if known.get("channels", data.channels) != data.channels:  # files of before do not say it
+        raise UserError(f"data {data.name}: expected {known['channels']} channels, got {data.channels}")
+    classes, got = known.get("classes", list(data.classes)), list(data.classes)
+    if len(classes) != len(got):
+        raise UserError(f"data {data.name}: expected the {len(classes)} classes of the training, got {len(got)}")
+    for i, (a, b) in enumerate(zip(classes, got, strict=True)):
+        if a != b:
+            raise UserError(f"data {data.name}: expected class {i} to be {a!r}, as in the training, got {b!r}")
     return data, replace(Augment.of(data, normalise=known["normalise"]), mean=known["mean"], std=known["std"]).eval()
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(value) if isinstance(value, list) else str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def holdout(content: dict[str, Any], root: Path | None = None, crops: int = 1, device: str = "cpu") -> Loader:
@@ -109,17 +107,15 @@ def unpack(path: Path) -> tuple[Network, dict[str, Any]]:
         raise UserError(f"{what}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # what a file that is no checkpoint raises depends on what it is
         raise UserError(f"{what}: damaged, or not a PyTorch file ({type(error).__name__})") from error
-    if path.name.startswith("step-"):
-        raise UserError(
-            f"{what}: is there to be resumed from; the network is model.pt, which the training's end writes"
-        )
     if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if path.name.startswith("step-"):
+            raise UserError(f"{what}: is to be resumed from; the network is model.pt, which the training's end writes")
         raise UserError(f"{what}: not written by `python -m fractalnet train` (expected format {FORMAT!r})")
     try:
         model = build(content["network"], what)
         model.load_state_dict(content["state"])
         known = content["recipe"], content["data"]["source"], content["data"]["normalise"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{what}: its content does not fit ({type(error).__name__}: {reason})") from error
     if not all(isinstance(value, str) for value in known):

@@ -100,10 +100,13 @@ def load(path: str | Path) -> FractalNet | PlainNet:
     Args:
         path: what ``python -m fractalnet train`` has written.
     Raises:
-        fractalnet.files.UserError: the file is missing, damaged, or not of a training.
+        ImportError: without the extra ``train``. fractalnet.files.UserError: the file is missing, damaged, or not of a
+        training.
     Example:
         >>> load("runs/digits/model.pt")(images)  # doctest: +SKIP
     """
-    from .trained import unpack
-
+    try:
+        from .trained import unpack
+    except ImportError as error:
+        raise ImportError(f"load: missing {error.name}; pip install fractal-kernels[train]") from error
     return unpack(Path(path))[0]
