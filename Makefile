@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP
 STAMP := .venv/.stamp
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test ranks lint bench aot interpret torture cuda-check gpu docs wheel clean
+.PHONY: setup demo test ranks lint bench aot interpret torture simt cuda-check gpu docs wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -67,10 +67,14 @@ aot: $(STAMP)
 interpret: $(STAMP)
 	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
 
-# The CUDA sources without a GPU: executed on the host, also by sanitizers; compiled by nvcc, its machine code read; the
-# extension loaded into a CUDA build of the oldest PyTorch that can load it, and built there. Ten minutes, 5 GB.
-cuda-check: $(STAMP)
+# The CUDA sources executed on the host, every instance of every kernel, also by sanitizers; where there is an nvcc, its
+# machine code read. Seven minutes; `make test` has every flag.
+simt: $(STAMP)
 	FRACTAL_CUDA=all $(PY) -m pytest -q tests/test_simt.py tests/test_cuda.py $(ARGS)
+
+# That, and the extension compiled by nvcc, loaded into a CUDA build of the oldest PyTorch that can load it, and built
+# there. A quarter of an hour, 5 GB.
+cuda-check: simt
 	@echo "the CUDA extension for every architecture, on $$(nproc) cores:"
 	time -p env FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda

@@ -156,6 +156,14 @@ def execute(library: Path, select: str, shards: int = 1, **environment: str) -> 
 
 @needs_compiler
 @outside
+def test_every_flag_executed(library):
+    """Against the oracle; in every dtype and shape, all instances: the next test."""
+    execute(library, "all_flags or plain_flags or number_of_branches", shards=2)
+
+
+@needs_compiler
+@outside
+@thorough
 def test_every_kernel_executed(library, tmp_path):
     """Every flag, layout and dtype against the oracle; every instance of every kernel has run."""
     ran = tmp_path / "kernels.txt"
