@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: executed on the host (tests/simt), and as machine code.
 
-``make test`` executes them; ``make cuda-check`` also compiles them by nvcc. On a GPU they run with ``-m gpu``.
+``make test`` executes them, ``make simt`` every instance, and compiles them where there is an nvcc. On a GPU they run
+with ``-m gpu``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SUITE = [str(HERE / name) for name in ("test_ops.py", "test_running.py", "test_g
 # By the sanitizers: all flags, and what is at the edges.
 EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
 needs_compiler = pytest.mark.skipif(cuda_code.compiler() is None, reason="needs a C++ compiler: c++ or g++")
-thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make cuda-check: FRACTAL_CUDA=all")
+thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make simt: FRACTAL_CUDA=all")
 needs_nvcc = pytest.mark.skipif(
     not all(map(cuda_code.tool, ("nvcc", "nvdisasm"))), reason="needs nvcc and nvdisasm of the CUDA toolkit"
 )
@@ -108,7 +109,7 @@ def test_strides_of_2_31_elements(strides, gpu_backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(SIMULATED and os.environ.get("FRACTAL_CUDA") != "all", reason="half a minute: for make cuda-check")
+@pytest.mark.skipif(SIMULATED and os.environ.get("FRACTAL_CUDA") != "all", reason="half a minute: for make simt")
 def test_more_channels_than_a_grid_has_rows(gpu_backend):
     """Blocks take several groups of channels: sums begin anew, and shared memory is free before it is written again."""
     if SIMULATED and gpu_backend != "cuda":
