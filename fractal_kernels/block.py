@@ -57,7 +57,7 @@ def _gradients(ctx: Any, grad: Tensor, *_unused: object) -> Gradients | None:
     source: Any = x
     branches: dict[int, Tensor] = {}
     for row, (starts, ends) in enumerate(zip(plan.starts, plan.ends, strict=True)):
-        bias = None if conv_bias is None else conv_bias[[u.id for u in starts]].flatten()
+        bias = None if conv_bias is None else conv_bias[starts[0].id : starts[-1].id + 1].flatten()
         y = torch.conv2d(source, weights[row], bias, padding=1)
         branches |= {u.id: part for u, part in zip(starts, y.chunk(len(starts), 1), strict=True)}
         means, vars = ([t[u.id] for u in ends] if t is not None else None for t in fixed)
