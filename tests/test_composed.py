@@ -126,7 +126,7 @@ def composed_twin(fused):
     twin = ComposedBlock(fused.in_channels, widths, **norm).double()
     with torch.no_grad():
         for a, b in zip(units(twin), units(fused), strict=True):
-            for name, source in vars(b).items():
+            for name, source in b._asdict().items():
                 if source is not None:
                     getattr(a, name).copy_(source)
     return twin
@@ -149,7 +149,7 @@ def test_composed_equals_fused(columns, pool, bias, affine, dense, training):
             out = block(z, path.keep[0], path.alone, dense)
             (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
             results.append((out, z.grad, units(block), units(gradients(block)), block.num_batches_tracked))
-        for name in vars(results[0][2][0]):
+        for name in results[0][2][0]._fields:
             for part in (2, 3):
                 for a, b in zip(results[0][part], results[1][part], strict=True):
                     expected, got = getattr(a, name), getattr(b, name)

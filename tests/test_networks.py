@@ -1,5 +1,6 @@
 """The options of the networks, their errors, columns and parameter counts; the plain networks."""
 
+import copy
 from types import SimpleNamespace
 
 import fractalnet
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fractalnet import FractalNet, PlainNet
 from fractalnet.composed import ComposedBlock
-from fractalnet.drop_path import full_path
+from fractalnet.drop_path import column_path, full_path
 from fractalnet.fused import ACTIVATIONS, FractalBlock
 
 COMPOSED = {"activation": "silu", "column_widths": (1, 1 / 2, 1 / 4), "kernel_mix": 0.5}
@@ -95,10 +96,24 @@ def test_autocast_and_per_sample_training():
 
 
 def test_compiled_composed_network():
+    """One graph in evaluation, exported too, and in training where everything runs; else one between its blocks."""
     net = FractalNet(5, 3, (4, 8), image_size=8, **COMPOSED).eval()
     x = torch.randn(2, 3, 8, 8)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x), net(x))
+    whole = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), net(x))
+    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), net(x))
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager")(x, column=1), net(x, column=1))
+    plain = copy.deepcopy(net.train())
+    for path in (full_path(2, 3), column_path(2, 3, 1), net.sample_path(2)):
+        out, expected = whole(x, path, dense=True), plain(x, path)
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("options", [{}, COMPOSED], ids=["fused", "composed"])

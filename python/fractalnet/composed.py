@@ -5,7 +5,6 @@ if it is one; what these return is not kept for backward."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
-from fractal_kernels.schedule import Unit, everything, plan
+from fractal_kernels.schedule import Unit, plan
 
-from .fused import ACTIVATIONS, Block, as_conv
+from .fused import ACTIVATIONS, Block, UnitViews, as_conv
 from .layers import init_conv
 
 __all__ = ["ComposedBlock"]
@@ -48,7 +47,7 @@ class ComposedBlock(Block):
     ``weights_1x1`` and ``projections`` by the unit's id where there are any, and ``gamma``, ``beta``, ``conv_bias``,
     vectors of all units side by side, as the running statistics [S, sum of widths] are: S sets as in
     :class:`FractalBlock`. Gradients of what does not live are zeros, not None. Under ``torch.compile`` the block runs
-    as it is, between two graphs.
+    as it is, between two graphs, but for ``dense``.
 
     Args:
         in_channels: C_in. widths: output channels of every column's convolutions, shallowest column first; C of them.
@@ -116,7 +115,7 @@ class ComposedBlock(Block):
         """[S, U] in the shape of the running statistics."""
         return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), self.sizes, strict=True)], 1)
 
-    def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
+    def unit(self, c: int, j: int, set: int = 0) -> UnitViews:
         """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,
         ``projection`` [J, K, 1, 1] or None, ``gamma``, ``beta``, ``conv_bias`` and statistics [K].
 
@@ -127,10 +126,10 @@ class ComposedBlock(Block):
         vectors = (self.gamma, self.beta, self.conv_bias, self.running_mean[set], self.running_var[set])
         return self._views(unit, [None if v is None else v.split(self.sizes) for v in vectors])
 
-    def _views(self, unit: Unit, vectors: list[tuple[Tensor, ...] | None]) -> SimpleNamespace:
+    def _views(self, unit: Unit, vectors: list[tuple[Tensor, ...] | None]) -> UnitViews:
         key = str(unit.id)
         gamma, beta, conv_bias, mean, var = (None if v is None else v[unit.id] for v in vectors)
-        return SimpleNamespace(
+        return UnitViews(
             weight=as_conv(self.weights[unit.id]),
             weight_1x1=as_conv(self.weights_1x1[key]) if key in self.weights_1x1 else None,
             projection=as_conv(self.projections[key]) if key in self.projections else None,
@@ -141,7 +140,6 @@ class ComposedBlock(Block):
             running_var=var,
         )
 
-    @torch.compiler.disable
     def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
         """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`.
 
@@ -150,6 +148,10 @@ class ComposedBlock(Block):
         ``dense`` changes nothing.
         """
         self._check(x, keep)
+        run = self._run if dense and keep.dim() == 2 else self._uncompiled
+        return run(x, keep, alone, dense)
+
+    def _run(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool) -> Tensor:
         live: dict[int, Tensor] | None = None
         indices: dict[int, Tensor] = {}
         if keep.dim() == 3:
@@ -157,8 +159,10 @@ class ComposedBlock(Block):
             runs = {i for i, samples in live.items() if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
             indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
+        elif dense:
+            runs, joins = {u.id for u in self.schedule.units}, self.schedule.ends
         else:
-            chosen = everything(self.columns) if dense else plan(self.columns, tuple(keep.flatten().tolist()))
+            chosen = plan(self.columns, tuple(keep.flatten().tolist()))
             runs, joins = set(chosen.units), chosen.joins
         held = self.running_mean[0], self.running_var[0]
         taken = [torch.zeros_like(t) for t in held] if self.training else self.statistics(alone)
@@ -195,6 +199,8 @@ class ComposedBlock(Block):
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)
+
+    _uncompiled = torch.compiler.disable(_run)  # which units run is the host's to read from keep
 
     def _check(self, x: Tensor, keep: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or (self.pool is not None and min(x.shape[2:]) < 2):
@@ -238,7 +244,7 @@ class ComposedBlock(Block):
             count[i].fill_(pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
         return count
 
-    def _branch(self, x: Tensor, unit: SimpleNamespace, samples: Tensor | None, pooled: bool) -> Tensor:
+    def _branch(self, x: Tensor, unit: UnitViews, samples: Tensor | None, pooled: bool) -> Tensor:
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""
         z = x if samples is None else x.index_select(0, samples)
         z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
@@ -270,14 +276,14 @@ class ComposedBlock(Block):
         zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
         return zeros.index_copy(0, samples, y)
 
-    def _fused_norm(self, y: Tensor, unit: SimpleNamespace, relu: bool, pooled: bool) -> Tensor:
+    def _fused_norm(self, y: Tensor, unit: UnitViews, relu: bool, pooled: bool) -> Tensor:
         """Batch norm, ReLU and max-pool; in training the unit's statistics become the batch's (momentum 1), the
         variance unbiased."""
         vectors = ([v] for v in (unit.gamma, unit.beta, unit.running_mean, unit.running_var))
         options = {"activation": "branch" if relu else "none", "pool": "before" if pooled else None}
         return bn_relu_join([y], *vectors, None, self.training, 1.0, self.eps, group=self.sync_group, **options)
 
-    def _norm(self, y: Tensor, unit: SimpleNamespace) -> Tensor:
+    def _norm(self, y: Tensor, unit: UnitViews) -> Tensor:
         """The same on some samples: not the fused one nor F.batch_norm, which refuse one value per channel, and a
         sample's path may leave a unit no more than that."""
         stats = (unit.running_mean, unit.running_var)

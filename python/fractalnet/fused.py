@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from fractal_kernels.schedule import Unit, schedule
 
 from .layers import init_conv
 
-__all__ = ["ACTIVATIONS", "Block", "FractalBlock"]
+__all__ = ["ACTIVATIONS", "Block", "FractalBlock", "UnitViews"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -27,6 +27,19 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 def as_conv(weight: Tensor) -> Tensor:
     """[O, kH, kW, I] as the [O, I, kH, kW] view that a convolution takes."""
     return weight.permute(0, 3, 1, 2)
+
+
+class UnitViews(NamedTuple):
+    """The tensors of one unit, as views of its block's."""
+
+    weight: Tensor
+    weight_1x1: Tensor | None
+    projection: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    conv_bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
 
 
 class Block(nn.Module):
@@ -220,7 +233,7 @@ class FractalBlock(Block):
         for weight in self.weights:
             init_conv(weight, init, weight.shape[3] * 9, self.channels * 9)  # fans of a unit, not of the wide weight
 
-    def unit(self, c: int, j: int, set: int = 0) -> SimpleNamespace:
+    def unit(self, c: int, j: int, set: int = 0) -> UnitViews:
         """Views of column c's j-th conv: ``weight`` [K, C_in, 3, 3], ``gamma``, ``beta``, ``conv_bias`` and statistics;
         ``weight_1x1`` and ``projection``, which only composed blocks have, are None.
 
@@ -229,7 +242,7 @@ class FractalBlock(Block):
         """
         unit = self.find(c, j)
         first = self.schedule.starts[unit.start][0].id
-        return SimpleNamespace(
+        return UnitViews(
             weight=as_conv(self.weights[unit.start]).narrow(0, (unit.id - first) * self.channels, self.channels),
             weight_1x1=None,
             projection=None,

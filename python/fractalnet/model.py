@@ -269,7 +269,8 @@ class FractalNet(nn.Module, Hub):
                 ``global_mode="tied"`` and neither path nor column, the logits of the full network and of every column:
                 [1 + C, N, classes], for :func:`tied_loss`.
             column: run this column alone instead (in evaluation with its own statistics).
-            dense: run dropped branches too and mask them (a check of the skipping, slower).
+            dense: run dropped branches too and mask them: slower, but what runs does not depend on the path, so that a
+                network with composed blocks is one graph under ``torch.compile``.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"FractalNet: expected x to be a Tensor, got {type(x).__name__}")
@@ -281,6 +282,8 @@ class FractalNet(nn.Module, Hub):
             raise TypeError(f"FractalNet: expected path None or a fractalnet.Path, got {type(path).__name__}")
         if path is None and not self.training:
             path = drop_path.full_path(len(self.blocks), self.columns)
+            if torch.compiler.is_compiling() and any(self._composed):
+                dense = True  # the same, since nothing is dropped, and without a look at the path: one graph
         elif path is None:
             path = self.sample_path(x.shape[0])
             if self.global_mode == "tied":
