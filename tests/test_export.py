@@ -11,8 +11,10 @@ from torch import nn
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 safetensors = pytest.importorskip("safetensors.torch")
+safe_open = pytest.importorskip("safetensors").safe_open
 
-from fractalnet import FractalNet, export  # noqa: E402
+from fractalnet import FractalNet, export, sources  # noqa: E402
+from fractalnet import trained as trained_files  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 
 CONFIG = {"num_classes": 7, "columns": 3, "channels": (4, 6), "image_size": 8}
@@ -154,6 +156,28 @@ def test_programs_of_no_column(function, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_users_have_to_know():
+    """Of images of which the mean alone was subtracted, and of a file that does not say how it was scaled."""
+    known = {"classes": ["cat"], "scale": 255.0, "mean": [0.5], "std": [0.2], "normalise": "mean"}
+    assert trained_files.for_users({"data": known}) == {"classes": ["cat"], "scale": 255.0, "mean": [0.5], "std": [1.0]}
+    assert trained_files.for_users({"data": {"mean": [0.5], "std": [0.2], "normalise": "std"}}) == {
+        "mean": [0.5],
+        "std": [0.2],
+    }
+
+
+@pytest.mark.parametrize("function", [export.to_pt2, export.to_onnx, export.save_column])
+@pytest.mark.parametrize("metadata", [["classes"], {"mean": torch.ones(3)}], ids=["list", "tensor"])
+def test_metadata_that_json_does_not_know(function, metadata, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"{function.__name__}: expected metadata None or a mapping of values that JSON"
+    ):
+        function(
+            trained(), path=tmp_path / "x", metadata=metadata, **({"c": 1} if function is export.save_column else {})
+        )
+    assert not list(tmp_path.iterdir())
+
+
 # --- columns as files --------------------------------------------------------------------------------
 
 
@@ -252,11 +276,19 @@ def test_commands(checkpoint, tmp_path, capfd):
     assert torch.equal(export.load_column(out)(x), net.extract_column(2, fold=True)(x))
     for arguments, column in ((["--column", "0"], 0), ([], None)):
         assert main(["export", "--checkpoint", file, "--out", str(out.with_suffix(".pt2")), *arguments]) == 0
-        program = torch.export.load(out.with_suffix(".pt2"))
+        said = dict.fromkeys(("classes", "scale", "mean", "std"), "")
+        program = torch.export.load(out.with_suffix(".pt2"), extra_files=said)
         assert relative(program.module()(x), net(x, column=column)) <= 1e-5
     assert main(["export", "--checkpoint", file, "--out", str(out.with_suffix(".onnx"))]) == 0
     session = ort.InferenceSession(out.with_suffix(".onnx").read_bytes(), providers=["CPUExecutionProvider"])
     assert relative(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), net(x)) <= 1e-5
+    said = {name: json.loads(text) for name, text in said.items()}
+    data = sources.load("digits")
+    assert said == {"classes": list(data.classes), "scale": 16, "mean": list(data.mean), "std": list(data.std)}
+    with safe_open(out, "pt") as column:
+        headers = column.metadata(), session.get_modelmeta().custom_metadata_map
+    for header in headers:
+        assert {name: json.loads(header[name]) for name in said} == said
     said = capfd.readouterr()
     assert said.out.splitlines() == [f"wrote {out}"] * 2 + [f"wrote {out}.pt2"] * 2 + [f"wrote {out}.onnx"]
     assert said.err == ""

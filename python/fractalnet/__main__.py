@@ -192,17 +192,18 @@ def add_studies(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_probes, parser=command)
 
 
-def for_export(arguments: argparse.Namespace) -> FractalNet:
-    """The network of --checkpoint, which has the column of --column."""
-    model, _ = trained.unpack_fractal(arguments.checkpoint)
+def for_export(arguments: argparse.Namespace) -> tuple[FractalNet, dict[str, object]]:
+    """The network of --checkpoint, which has the column of --column, and what its users have to know."""
+    model, content = trained.unpack_fractal(arguments.checkpoint)
     if arguments.column is not None and arguments.column >= model.columns:
         raise UserError(f"--column: expected 0 to {model.columns - 1}, got {arguments.column}")
-    return model
+    return model, trained.for_users(content)
 
 
 def run_extract(arguments: argparse.Namespace) -> None:
+    model, metadata = for_export(arguments)
     try:
-        export.save_column(for_export(arguments), arguments.column, arguments.out, fold=arguments.fold)
+        export.save_column(model, arguments.column, arguments.out, fold=arguments.fold, metadata=metadata)
     except ImportError as error:
         raise UserError(str(error)) from error
     print(f"wrote {arguments.out}")
@@ -212,11 +213,12 @@ def run_export(arguments: argparse.Namespace) -> None:
     writers = {".onnx": export.to_onnx, ".pt2": export.to_pt2}
     if arguments.out.suffix not in writers:
         raise UserError(f"--out: expected a name that ends in {' or '.join(writers)}, got {arguments.out.name!r}")
+    model, metadata = for_export(arguments)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter copies PyTorch's own deprecated class
-            writers[arguments.out.suffix](for_export(arguments), arguments.out, arguments.column)
+            writers[arguments.out.suffix](model, arguments.out, arguments.column, metadata=metadata)
     except ImportError as error:
         raise UserError(str(error)) from error
     print(f"wrote {arguments.out}")

@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,14 @@ def _require(op: str, *packages: str) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ImportError(f"{op}: missing {name} ({error}); pip install fractal-kernels[export]") from error
+
+
+def _texts(op: str, metadata: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a file says beside the network: a JSON text for each name."""
+    try:
+        return {str(name): json.dumps(value, ensure_ascii=False) for name, value in (metadata or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{op}: expected metadata None or a mapping of values that JSON knows ({error})") from error
 
 
 # --- plain modules -----------------------------------------------------------------------------------
@@ -163,14 +171,32 @@ def to_exported_program(
     return torch.export.export(net, **arguments)
 
 
-def to_pt2(model: FractalNet, path: str | Path, column: int | None = None, *, fold: bool = True) -> None:
-    """Writes :func:`to_exported_program` to a file that ``torch.export.load`` reads without this package."""
-    buffer = io.BytesIO()
-    torch.export.save(to_exported_program(model, column, fold=fold), buffer)
+def to_pt2(
+    model: FractalNet,
+    path: str | Path,
+    column: int | None = None,
+    *,
+    fold: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes :func:`to_exported_program` to a file that ``torch.export.load`` reads without this package.
+
+    Args:
+        metadata: of :func:`to_onnx`; the file's ``extra_files`` of the same names.
+    """
+    texts, buffer = _texts("to_pt2", metadata), io.BytesIO()
+    torch.export.save(to_exported_program(model, column, fold=fold), buffer, extra_files=texts)
     _write(path, buffer.getvalue())
 
 
-def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, fold: bool = True) -> None:
+def to_onnx(
+    model: FractalNet,
+    path: str | Path,
+    column: int | None = None,
+    *,
+    fold: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the full network, or one column, in evaluation as ONNX: ``images`` [batch, ...] to ``logits``.
 
     Args:
@@ -178,6 +204,8 @@ def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, f
         path: of the file; it is written whole or not at all.
         column: this column alone instead of the full network.
         fold: whether batch norms are folded into the convolutions.
+        metadata: what users of the file have to know, such as the classes' names: values that JSON knows, by name. They
+            become JSON texts in its ``metadata_props``.
     Raises:
         ImportError: naming the missing package. ValueError: there is no such column. files.UserError: the file cannot
         be written.
@@ -186,12 +214,15 @@ def to_onnx(model: FractalNet, path: str | Path, column: int | None = None, *, f
         >>> to_onnx(FractalNet(10, 3, (8,), image_size=8), "net.onnx")  # doctest: +SKIP
     """
     _require("to_onnx", "onnx", "onnxscript")
+    texts = _texts("to_onnx", metadata)
     net, arguments = _prepare(model, column, fold)
     names = {"input_names": ["images"], "output_names": ["logits"]}
     program = torch.onnx.export(net, **arguments, **names, dynamo=True, verbose=False)
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces, with the paths of this machine
+    for name, text in texts.items():
+        proto.metadata_props.add(key=name, value=text)
     _write(path, proto.SerializeToString())
 
 
@@ -222,9 +253,18 @@ def _build(kind: str, values: dict[str, Any]) -> nn.Module:
     return getattr(nn, kind)(**values)
 
 
-def save_column(model: FractalNet, c: int, path: str | Path, *, fold: bool = False) -> None:
+def save_column(
+    model: FractalNet,
+    c: int,
+    path: str | Path,
+    *,
+    fold: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Writes column c (see ``model.extract_column``) as a safetensors file, its layers as JSON in the header.
 
+    Args:
+        metadata: of :func:`to_onnx`; in the header too.
     Raises:
         ImportError: safetensors is missing. ValueError: there is no such column. files.UserError: the file cannot be
         written.
@@ -233,7 +273,10 @@ def save_column(model: FractalNet, c: int, path: str | Path, *, fold: bool = Fal
     from safetensors.torch import save
 
     column = model.extract_column(c, fold=fold)
-    header = {"format": FORMAT, "layers": json.dumps([_describe(layer) for layer in column])}
+    header = _texts("save_column", metadata) | {
+        "format": FORMAT,
+        "layers": json.dumps([_describe(layer) for layer in column]),
+    }
     _write(path, save({name: t.contiguous() for name, t in column.state_dict().items()}, header))
 
 

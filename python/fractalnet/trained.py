@@ -23,7 +23,7 @@ from .model import FractalNet
 if TYPE_CHECKING:
     from .config import Data
 
-__all__ = ["facts", "holdout", "pack", "split", "unpack", "unpack_fractal", "views", "whole_state"]
+__all__ = ["facts", "for_users", "holdout", "pack", "split", "unpack", "unpack_fractal", "views", "whole_state"]
 
 FORMAT = "fractalnet checkpoint 3"
 
@@ -50,8 +50,16 @@ def pack(
 def facts(data: Data, augment: Augment, images: sources.Dataset) -> dict[str, Any]:
     """Which images a network was trained on, what its classes are called, and how the images were normalised."""
     found = {"source": data.source, "root": data.root and str(data.root), "image_size": data.image_size}
-    found |= {"classes": list(images.classes), "channels": images.channels}
+    found |= {"classes": list(images.classes), "channels": images.channels, "scale": augment.scale}
     return found | {"mean": list(augment.mean), "std": list(augment.std), "normalise": augment.normalise}
+
+
+def for_users(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint, what a network's user has to know: the classes' names, and how images were normalised,
+    (x / scale - mean) / std. Files of before do not say all of it."""
+    known = content["data"]
+    said = {name: known[name] for name in ("classes", "scale", "mean") if name in known}
+    return said | {"std": known["std"] if known["normalise"] == "std" else [1.0] * len(known["mean"])}
 
 
 def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Dataset, Augment]:
