@@ -9,7 +9,6 @@ CXX, MAX_JOBS         as usual: the compiler, and how many run at a time
 
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -58,14 +57,6 @@ def missing() -> str:
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
         return f"PyTorch is {torch.__version__}, 2.11 or later is needed; pip install --upgrade torch"
     return ""
-
-
-def simd_targets(sources: list[str]) -> str:
-    """The instruction sets that csrc/cpu has a translation unit for on this machine's architecture, by file name."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    stems = [Path(source).stem for source in sources]
-    names = [stem.removeprefix("kernels_") for stem in stems if stem.startswith("kernels_")]
-    return ",".join(n for n in names if x86 or not n.startswith(("avx", "sse")))
 
 
 def find_nvcc() -> str | None:
@@ -201,7 +192,7 @@ def extensions() -> dict[str, object]:
         ["csrc/binding.cpp", *sources],
         language="c++",
         depends=headers,
-        define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET:016x}ULL"), ("FRACTAL_SIMD", simd_targets(sources))],
+        define_macros=[("TORCH_TARGET_VERSION", f"0x{TORCH_TARGET:016x}ULL")],
         include_dirs=[pybind11.get_include(), *include_paths()],  # pybind11's own headers before PyTorch's copy of them
         library_dirs=library_paths(),
         libraries=["torch_cpu"],  # the stable ABI's functions are there, in CUDA builds too

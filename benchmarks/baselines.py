@@ -25,8 +25,8 @@ def eager_mean_join(inputs: Sequence[Tensor], mask: Tensor) -> Tensor:
     """
     stacked = torch.stack(tuple(inputs))
     mask = mask.to(stacked.dtype).view(len(inputs), -1, 1, 1, 1)
-    alive = mask.sum(dim=0).clamp(min=1)
     # In their dtype: a sum under CUDA's autocast is float32, and what reads it would cast it back.
+    alive = mask.sum(dim=0, dtype=mask.dtype).clamp(min=1)
     return (stacked * mask).sum(dim=0, dtype=stacked.dtype) / alive
 
 

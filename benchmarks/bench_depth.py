@@ -12,12 +12,13 @@ import fractalnet
 import pytest
 import torch
 import torch.nn.functional as F
+from fractalnet.evaluate import mixture, saved_bytes, stepper
 from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import NETS, Net
 from benchmarks.compare import hold_together
-from benchmarks.steps import TOLERANCE, full_path, saved_bytes, training_step
+from benchmarks.steps import MOMENTUM, TOLERANCE, full_path
 from fractal_kernels import block_rows
 from fractal_kernels.schedule import plan
 
@@ -44,10 +45,10 @@ def test_deeper(compare: Callable[..., None]) -> None:
 
     def step_of(name: str, net: Net) -> Callable[[int], None]:
         model = fractalnet.FractalNet(net.classes, net.columns, net.channels, image_size=net.image)
-        paths = cases.stratified_paths(model, net)
+        paths = mixture(model, net.batch, net.paths, 0)
         saved[name] = saved_bytes(model, lambda: F.cross_entropy(model(x, path=full_path(net)), y))
         host[name] = host_seconds(model, net)
-        return training_step(model, lambda i: model(x, path=paths[i % net.paths]), y)
+        return stepper(model, lambda i: model(x, path=paths[i % net.paths]), y, MOMENTUM)
 
     for name, net in nets.items():
         contenders[name] = step_of(name, net)
@@ -80,7 +81,7 @@ def test_ranges_of_columns(compare: Callable[..., None], batch: int) -> None:
     with torch.no_grad():
         for i in range(4):
             hold_together(f"ranges, path {i}", [forward(False)(i)], [forward(True)(i)], TOLERANCE)
-    contenders = {"ours": training_step(model, forward(False), y), "dense": training_step(model, forward(True), y)}
+    contenders = {name: stepper(model, forward(name == "dense"), y, MOMENTUM) for name in ("ours", "dense")}
     what = f"training step, paths per sample, {net.title}"
     compare("depth", what, contenders, net.paths * net.passes, cycle=net.paths)
 

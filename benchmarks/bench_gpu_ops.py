@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fractalnet.evaluate import saved_bytes
 from torch import Tensor, nn
 
 import fractal_kernels as fk
@@ -34,7 +35,6 @@ from benchmarks.bench_gpu import (
     repeated,
 )
 from benchmarks.compare import hold_together
-from benchmarks.steps import saved_bytes
 from fractal_kernels.library import Flags
 
 pytestmark = pytest.mark.gpu

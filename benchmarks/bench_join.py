@@ -18,7 +18,6 @@ from fractal_kernels.backends import launcher, resolve
 
 K = cases.JOIN_BRANCHES
 N, C = cases.JOIN_SHAPE[:2]
-SHAPE = "×".join(map(str, cases.JOIN_SHAPE))
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 MASKS = {

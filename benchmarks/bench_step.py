@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fractalnet.evaluate import mixture, saved_bytes, stepper
 from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import GPU_NETS, NETS, Net
 from benchmarks.compare import hold_together
-from benchmarks.steps import TOLERANCE, full_path, gate, held_bytes, saved_bytes, three_nets, training_step
+from benchmarks.steps import MOMENTUM, TOLERANCE, full_path, gate, held_bytes, three_nets
 
 FORTY = replace(GPU_NETS["fractalnet40"], batch=20, title="FractalNet-40, batch 20")
 
@@ -33,7 +34,7 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
     x_last = x.to(memory_format=torch.channels_last)
     ours, public, dense = three_nets(net)
     compiled = torch.compile(dense, fullgraph=True, dynamic=False)
-    paths = cases.stratified_paths(ours, net)
+    paths = mixture(ours, net.batch, net.paths, 0)
     gate(net, ours, public, dense, compiled, paths[:4], x, x_last, y)
 
     last, generator = copy.deepcopy(public).to(memory_format=torch.channels_last), torch.Generator()
@@ -46,10 +47,10 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
         return {"vs_eager_nhwc": row["ratios"]["eager_nhwc"]["figures"]}
 
     contenders = {
-        "ours": training_step(ours, own, y),
-        "eager": training_step(public, lambda i: public(x), y),
-        "eager_nhwc": training_step(last, lambda i: last(x_last), y),
-        "compiled": training_step(dense, lambda i: compiled(x_last, paths[i % net.paths].keep), y),
+        "ours": stepper(ours, own, y, MOMENTUM),
+        "eager": stepper(public, lambda i: public(x), y, MOMENTUM),
+        "eager_nhwc": stepper(last, lambda i: last(x_last), y, MOMENTUM),
+        "compiled": stepper(dense, lambda i: compiled(x_last, paths[i % net.paths].keep), y, MOMENTUM),
     }
     rounds = net.paths * net.passes
     compare("step", f"training step, {net.title}", contenders, rounds, cycle=net.paths, extra=extra)

@@ -65,46 +65,19 @@ def draw_mask(
     return keep | (only & ~keep.any(dim=0))
 
 
-def join_inputs(
-    dtype: torch.dtype, shape: tuple[int, ...] = JOIN_SHAPE, branches: int = JOIN_BRANCHES, seed: int = 0
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+def join_inputs(dtype: torch.dtype, branches: int = JOIN_BRANCHES) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Channels_last branches that require gradients, and the gradient of their join."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def one() -> torch.Tensor:
-        values = torch.randn(shape, generator=generator).to(dtype)
+        values = torch.randn(JOIN_SHAPE, generator=generator).to(dtype)
         return values.to(memory_format=torch.channels_last)
 
     return [one().requires_grad_() for _ in range(branches)], one()
 
 
-def random_batch(net: Net, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(net: Net) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images [batch, 3, image, image], contiguous, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(net.batch, 3, net.image, net.image, generator=generator).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(net.batch, 3, net.image, net.image, generator=generator)
     return images, torch.randint(net.classes, (net.batch,), generator=generator)
-
-
-def stratified_paths(model, net: Net, seed: int = 0, attempts: int = 100_000) -> list:
-    """A fixed list of `net.paths` draws of `model.sample_path`, in random order.
-
-    Half of them are local and the other half are shared equally among the columns, so that the
-    mean over this short list is the mean over the mixture, without the luck of a few draws.
-    """
-    columns = net.columns
-    if net.paths % (2 * columns):
-        raise ValueError(f"stratified_paths: expected paths to be a multiple of {2 * columns}, got {net.paths}")
-    wanted: dict[int | None, int] = {None: net.paths // 2}
-    wanted.update({c: net.paths // (2 * columns) for c in range(columns)})
-    generator = torch.Generator().manual_seed(seed)
-    paths = []
-    for _ in range(attempts):
-        path = model.sample_path(net.batch, generator=generator)
-        column = None if path.column is None else int(path.column)
-        if wanted[column]:
-            wanted[column] -= 1
-            paths.append(path)
-        if len(paths) == net.paths:
-            order = torch.randperm(len(paths), generator=generator).tolist()
-            return [paths[i] for i in order]
-    raise RuntimeError(f"stratified_paths: {attempts} draws of sample_path left {wanted} to be drawn")

@@ -91,11 +91,15 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected).clamp(min=1e-30))
 
 
+class Different(AssertionError):
+    """Two contenders do not compute the same."""
+
+
 def hold_together(what: str, got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
     """Raises unless every tensor is within `tolerance` of what is expected: no figure from a wrong result."""
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
         if g.shape != e.shape:
-            raise AssertionError(f"{what}: tensor {i}: expected shape {list(e.shape)}, got {list(g.shape)}")
+            raise Different(f"{what}: tensor {i}: expected shape {list(e.shape)}, got {list(g.shape)}")
         error = relative_error(g, e)
         if not error <= tolerance:
-            raise AssertionError(f"{what}: tensor {i}: expected a relative error <= {tolerance:g}, got {error:.3g}")
+            raise Different(f"{what}: tensor {i}: expected a relative error <= {tolerance:g}, got {error:.3g}")

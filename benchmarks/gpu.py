@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_logs import complaints, counts, last_line
+from benchmarks.gpu_logs import complaints, counts, last_line, uninitialised
 from benchmarks.gpu_plots import plot
 from benchmarks.gpu_report import summary
 from benchmarks.report import RESULTS, ROOT, ReportError, commit, machine, rounded, write_text
@@ -50,7 +50,8 @@ FILES = ("ops", "gpu", "graphed", "graphed_training", "triton", "tiles", "tuning
 TESTS = [f"tests/test_{name}.py" for name in FILES]
 SANITIZED = "number_of_branches_and_dtypes or half_of_a_vector or (test_vector_loads and channel_slice)"
 SANITIZED = f"({SANITIZED}) and not triton"
-FIRST = "nhwc-bf16|bench_gpu_ops|test_kernel_of"  # of the kernels' rows: what the README shows, and peers of a user's
+# Of the kernels' rows: what the README shows, peers of a user's, and then what compiles.
+FIRST = (r"test_kernel\[.*nhwc-bf16", "test_kernel_of", r"test_kernel\[.*nhwc-fp32", "compile.*nhwc-bf16|bench_gpu_ops")
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [
@@ -249,27 +250,31 @@ class Round:
         return counts(logs) + (f"; {len(before)} passed before" if before else "") + cut
 
     def sanitize(self) -> str:
-        """Of our kernels alone: under these tools PyTorch's would take the time. Without the tests' NaN, with which all
-        memory would be initialised to initcheck."""
+        """Of our kernels alone: under these tools PyTorch's would take the time. But initcheck has to see all writes,
+        and none of the tests' NaN, with which all memory would be initialised to it."""
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if tool is None:
             raise Failed("there is no compute-sanitizer; it comes with the CUDA toolkit")
         suite = [*PYTEST, "tests/test_cuda.py", "-k", SANITIZED, "--seconds", f"{self.limit - GRACE}"]
         checks = ("memcheck", "racecheck", "initcheck")
         logs = [self.log(name) for name in checks]
-        under = [tool, "--error-exitcode", "9", "--kernel-name", "kns=fractal", "--tool"]
+        ours = ["--error-exitcode", "9", "--kernel-name", "kns=fractal"]
         # Without PyTorch's caching, an access past the end of a tensor is one past the end of an allocation.
         running = [
-            start(suite, log, [*under, name], PYTORCH_NO_CUDA_MEMORY_CACHING="1", FRACTAL_TEST_POISON="0")
-            for name, log in zip(checks, logs, strict=True)
+            start(
+                suite, log, [tool, *under, "--tool", name], PYTORCH_NO_CUDA_MEMORY_CACHING="1", FRACTAL_TEST_POISON="0"
+            )
+            for name, log, under in zip(checks, logs, (ours, ours, []), strict=True)
         ]
         cut = ""
         try:
             finish(running, logs, self.limit)
         except Late as late:
-            if found := [line for log in logs for line in complaints(log)]:
+            if found := [line for log in logs[:2] for line in complaints(log)]:
                 raise Failed(f"{late}\n{found[0]}") from late
             cut = f"\n{late}"
+        if read := uninitialised(logs[2]):
+            raise Failed(f"initcheck: {read[0]}{cut}")
         return counts(logs) + cut
 
     def tune(self) -> str:
@@ -294,7 +299,9 @@ class Round:
         command = [*PYTEST, *BENCHES[stage], "--rows", str(rows), "--seconds", f"{self.limit - GRACE}"]
         done, cut = self.scratch / "done.json", ""
         done.write_text(json.dumps([row["test"] for row in self.result["rows"]]))
-        command += ["--first", FIRST, "--done", str(done)] + (["-k", self.select] if self.select else [])
+        command += [*(f"--first={name}" for name in FIRST), "--done", str(done)] + (
+            ["-k", self.select] if self.select else []
+        )
         before = sum(row["stage"] == stage for row in self.result["rows"])
         try:
             finish([start(command, log)], [log], self.limit)

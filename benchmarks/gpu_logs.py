@@ -37,3 +37,9 @@ def complaints(log: Path) -> list[str]:
     """What compute-sanitizer found, of a process that it may not have ended."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("========= ")]
     return [line for line in lines if "COMPUTE-SANITIZER" not in line and "SUMMARY: 0 " not in line]
+
+
+def uninitialised(log: Path) -> list[str]:
+    """What initcheck found in our kernels; it watches all of them, since it knows only the writes that it watched."""
+    text = log.read_text(errors="replace")
+    return re.findall(r"^========= (Uninitialized .*\n=+ +at .*fractal.*)$", text, re.MULTILINE)

@@ -17,7 +17,7 @@ CASES = {
 }
 BACKENDS = {"triton": ("Triton", "#0072b2"), "cuda": ("CUDA", "#d55e00")}
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-BRANCHES = 3  # of a kernel's row that does not say how many
+BRANCHES, CHANNELS = 3, 64  # of a kernel's row that does not say how many
 
 # Per kernel: operations per element of a branch, operations per output element, passes over the branches' tensors, and
 # outputs (or their gradients) passed, in units of a branch's elements. Read off fractal_kernels/triton/maths.py: an
@@ -109,13 +109,16 @@ def share(row: Row) -> float | None:
 
 
 def label(row: Row) -> str:
-    """A kernel by its name, and its branches where they are not the usual ones; a function of two directions with the
-    direction."""
+    """A kernel by its name, and its branches and channels where they are not the usual ones; a function of two
+    directions with the direction."""
     op, direction = row["case"]["op"], row["case"].get("direction")
     if direction and (op not in COUNTS or "share_of_copy" not in row["extra"]):
         return f"{op} {direction}"
     k = row["case"].get("branches", BRANCHES)
-    return op if k == BRANCHES else f"{op}, {k} branch{'es' if k > 1 else ''}"
+    channels = (row["case"].get("shape") or (0, CHANNELS))[1]
+    others = [] if k == BRANCHES else [f"{k} branch{'es' if k > 1 else ''}"]
+    others += [] if channels == CHANNELS else [f"{channels} channels"]
+    return ", ".join([op, *others])
 
 
 def ratio(row: Row, *names: str) -> float | None:

@@ -26,7 +26,7 @@ from benchmarks.gpu_report import ReportError, number
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 SETTINGS = ("FRACTAL_CPU_ISA", "LD_PRELOAD", "MALLOC_")  # variables of the environment that figures depend on
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
 GROUPS = ("join", "step", "memory", "depth", "conv")

@@ -28,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--rows", default=None, help="a file that gets every benchmark's row as it is measured")
     parser.addoption("--failures", default=None, help="a file that gets the name of every test that fails")
-    parser.addoption("--first", default=None, help="an expression: tests whose names have it come before the others")
+    parser.addoption(
+        "--first", action="append", default=[], help="an expression: tests that have it come before others"
+    )
     parser.addoption("--passed", default=None, help="a file that gets the name of every test that passes")
     parser.addoption("--done", default=None, help="names of tests that are not run again")
 
@@ -41,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=there)
         items[:] = [item for item in items if item.nodeid not in done]
         _some_done = bool(there)
-    if first := config.getoption("--first"):
-        items.sort(key=lambda item: re.search(first, item.nodeid) is None)
+    ranks = [re.compile(first) for first in config.getoption("--first")]
+    items.sort(key=lambda item: next((i for i, rank in enumerate(ranks) if rank.search(item.nodeid)), len(ranks)))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

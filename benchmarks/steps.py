@@ -17,6 +17,7 @@ from benchmarks.cases import Net
 from benchmarks.compare import hold_together
 
 TOLERANCE = 1e-3
+MOMENTUM = 0.9
 
 
 def full_path(net: Net) -> Path:
@@ -25,9 +26,9 @@ def full_path(net: Net) -> Path:
 
 
 @torch.no_grad()
-def unsettle(model: nn.Module, net: Net, seed: int = 1) -> None:
+def unsettle(model: nn.Module, net: Net) -> None:
     """Moves the batch norms off their initial ones and zeros, so that the comparison below sees them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     for b in range(len(net.channels)):
         for c in range(net.columns):
             for j in range(2**c):
@@ -86,17 +87,6 @@ def gate(
         hold_together(f"ours, training, path {i}", [got], [want], TOLERANCE)
 
 
-def training_step(model: nn.Module, forward: Callable[[int], Tensor], y: Tensor) -> Callable[[int], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-
-    def step(i: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(forward(i), y).backward()
-        optimizer.step()
-
-    return step
-
-
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -105,7 +95,7 @@ class MixedStep:
 
     def __init__(self, model: nn.Module, precision: str, device: str) -> None:
         self.dtype, self.device = PRECISIONS[precision], device
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=MOMENTUM, fused=True)
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
         zero_momenta(self.optimizer)
 
@@ -117,26 +107,6 @@ class MixedStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves for backward; but not parameters and buffers, nor autocast's
-    copies of weights, which a step makes whoever saves them."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    # By sizes in any order: what is saved may be a view, [O, I, 3, 3] of a wide weight [O, 3, 3, I].
-    weights = {tuple(sorted(p.shape)): p.dtype for p in model.parameters() if p.dim() > 1}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if weights.get(tuple(sorted(tensor.shape)), tensor.dtype) == tensor.dtype:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
-    del loss
-    return total
 
 
 def held_bytes(forward: Callable[[], Tensor]) -> int:

@@ -3,13 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/version.h>
 
-#include <algorithm>
 #include <string>
 
 #include "cpu/isa.h"
-
-#define FRACTAL_STRINGIFY(...) #__VA_ARGS__
-#define FRACTAL_STRING(...) FRACTAL_STRINGIFY(__VA_ARGS__)
 
 namespace py = pybind11;
 
@@ -28,25 +24,20 @@ std::string dotted(unsigned long long version) {
 }
 
 // What is compiled in, not what this machine can run: the choice is made at run time.
-py::list simd() {
-  py::list targets;
-  const std::string names = FRACTAL_STRING(FRACTAL_SIMD);  // a comma-separated list from setup.py
-  for (size_t begin = 0; begin < names.size();) {
-    const size_t end = std::min(names.find(',', begin), names.size());
-    targets.append(names.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return targets;
-}
+#if defined(__x86_64__)
+constexpr const char* kSimd[] = {"avx512", "avx2", "baseline"};
+#else
+constexpr const char* kSimd[] = {"baseline"};
+#endif
 
 py::dict build_info() {
   py::dict info;
   info["compiler"] = kCompiler;
   info["torch_target"] = dotted(TORCH_FEATURE_VERSION);  // the oldest PyTorch that can load this build
   info["torch_built_against"] = TORCH_VERSION;
-  info["simd"] = simd();
-  info["cuda"] = py::none();
-  info["openmp"] = false;  // threads come from PyTorch's own pool
+  py::list simd;
+  for (const char* name : kSimd) simd.append(name);
+  info["simd"] = simd;
   return info;
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import sync
-from .library import Flags, empty
+from .library import POOL, Flags, empty
 from .schedule import Plan, Unit, everything, plan, runs, schedule
 
 RANGES_PAY = 12_000_000  # measured: benchmarks/bench_depth.py
@@ -140,7 +140,7 @@ class Rows:
     ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.flags = len(weights), channels, flags
-        self.inner_flags = flags & ~int(Flags.POOL_BEFORE | Flags.POOL_AFTER)  # of all joins but the last
+        self.inner_flags = flags & ~POOL  # of all joins but the last
         self.our_convs = our_convs
         self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)

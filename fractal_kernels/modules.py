@@ -299,7 +299,7 @@ def sync_batch_norm(module: nn.Module, group: object = None) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("sync_batch_norm: expected torch.distributed to be initialised, it is not")
     group = dist.group.WORLD if group is None else group
-    name = sync.name_of("sync_batch_norm", group)
+    name = sync.Name(sync.name_of("sync_batch_norm", group))
     modules = [m for m in module.modules() if hasattr(m, "sync_group")]
     for each in modules:
         each.sync_group = name  # type: ignore[assignment]  # not the group: modules are copied and pickled

@@ -6,6 +6,8 @@ A rank whose batch is empty takes part with a count of 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,8 +15,10 @@ from torch import Tensor
 from .library import _LIB
 
 
-class Name(str):
+class Name(NamedTuple):
     """What a module keeps of its group: groups can be neither copied nor pickled."""
+
+    name: str
 
 
 def name_of(op: str, group: object) -> str:
@@ -22,10 +26,10 @@ def name_of(op: str, group: object) -> str:
     if group is None:
         return ""
     if isinstance(group, Name):
-        return group
+        return group.name
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: expected group None or a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    return Name(group.group_name)
+    return str(group.group_name)
 
 
 def _gathered(t: Tensor, group: str) -> Tensor:

@@ -6,7 +6,6 @@ with ``-m gpu``.
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -82,30 +81,6 @@ def test_half_of_a_vector(dtype, gpu_backend):
     for k in (1, 2, 3, 4, 8):
         case = Case(k, mask=("none", "sample")[k % 2])
         check(case, draw(case, dtype, shape, ["contiguous"]), gpu_backend)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("strides", [(0, 1, 1_440_000_000, 720_000_000), (0, 2_200_000_000, 2, 1)], ids=str)
-def test_strides_of_2_31_elements(strides, gpu_backend):
-    """A window's last pixel, and a channel, so far from the first. The host touches a few pages of these 10 GB."""
-    if SIMULATED:
-        memory = mmap.mmap(-1, 4 * 2_400_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
-        far = torch.frombuffer(memory, dtype=torch.float32)
-    else:
-        far = torch.empty(2_400_000_000)
-    far = far.as_strided((1, 2, 2, 2), strides)
-    near = torch.randn(1, 2, 2, 2)
-    far.copy_(near)
-    layout = torch.channels_last if strides[1] == 1 else torch.contiguous_format
-    near, grad = near.to(memory_format=layout), torch.randn(1, 2, 1, 1)
-    stats = [torch.zeros(2)], [torch.ones(2)]
-    results = []
-    for y in (near, far):
-        y.requires_grad_()
-        out = bn_relu_join([y], None, None, *stats, training=False, pool="before", backend=gpu_backend)
-        results.append([out, *torch.autograd.grad(out, y, grad)])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

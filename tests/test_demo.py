@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +192,20 @@ def test_missing_package(monkeypatch, capsys, tmp_path):
     assert main(["train", "digits", "--out", str(tmp_path / "out")]) == 2
     assert "pip install fractal-kernels[train]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train digits", "eval --checkpoint model.pt"])
+def test_without_the_extra_packages(tmp_path, command):
+    """A line, not a traceback, where the package alone is installed."""
+    absent = "huggingface_hub numpy yaml sklearn PIL datasets matplotlib lightning jsonargparse torchmetrics".split()
+    code = f"""import runpy, sys
+sys.modules.update(dict.fromkeys({absent}))
+runpy.run_module("fractalnet", run_name="__main__")"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: missing: .*; pip install fractal-kernels\[train\]\n", done.stderr), done.stderr
 
 
 def test_folder_that_cannot_be_written(tmp_path, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import test_batchnorm
 import test_compile
 import torch
 from cases import Case, assert_results, assert_same_bits, draw, expect, run
-from conftest import needs_gpu
+from conftest import INTERPRETED, SIMULATED, needs_gpu
 
 from fractal_kernels import bn_relu_join, masked_mean_join, use_backend
 
@@ -165,11 +167,38 @@ def test_more_than_2_31_elements(layout, gpu_backend, gives_memory_back):
         assert torch.equal(dy[n : n + 1], ops.join_backward_apply(*args)[0])
 
 
+@pytest.mark.parametrize("strides", [(0, 1, 1_440_000_000, 720_000_000), (0, 2_200_000_000, 2, 1)], ids=str)
+def test_strides_of_2_31_elements(strides, gpu_backend, gives_memory_back):
+    """A window's last pixel, and a channel, so far from the first. The host touches a few pages of these 10 GB."""
+    if SIMULATED or INTERPRETED:
+        memory = mmap.mmap(-1, 4 * 2_400_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        far = torch.frombuffer(memory, dtype=torch.float32)
+    else:
+        far = torch.empty(2_400_000_000)
+    far = far.as_strided((1, 2, 2, 2), strides)
+    near = torch.randn(1, 2, 2, 2)
+    far.copy_(near)
+    layout = torch.channels_last if strides[1] == 1 else torch.contiguous_format
+    near, grad = near.to(memory_format=layout), torch.randn(1, 2, 1, 1)
+    stats = [torch.zeros(2)], [torch.ones(2)]
+    results = []
+    for y in (near, far):
+        y.requires_grad_()
+        out = bn_relu_join([y], None, None, *stats, training=False, pool="before", backend=gpu_backend)
+        results.append([out, *torch.autograd.grad(out, y, grad)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @needs_gpu
 def test_almost_2_31_pixels(gpu_backend):
     """One more tile would not be counted in 32 bits. All of them are one value in memory."""
     count = 2**31 - 8
     y = torch.full((1, 1), 3.0, device="cuda").expand(count, 1)
+    if gpu_backend == "cuda":  # which counts samples in 32 bits and refuses what is near their end
+        with pytest.raises(RuntimeError, match="expected at most"):
+            torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend)
+        return
     mean, var, number = torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend)
     assert mean.item() == 3 and var.item() == 0 and number.item() == pytest.approx(count, rel=1e-5)
 

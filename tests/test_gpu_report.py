@@ -17,7 +17,7 @@ def contenders(**figures):
 
 
 def kernel(op, backend, share, dtype="bf16", layout="nhwc"):
-    case = {"op": op, "direction": "forward", "backend": backend, "dtype": dtype, "layout": layout, "shape": [2, 4]}
+    case = {"op": op, "direction": "forward", "backend": backend, "dtype": dtype, "layout": layout, "shape": [2, 64]}
     extra = {"gb_per_s": 4000 * share, "share_of_copy": share, "device_ms": 0.9}
     what = f"{backend} {op} {dtype} {layout}"
     return {"group": "gpu", "what": what, "unit": "ms", "extra": extra, "case": case, **contenders(ours=1, copy=share)}

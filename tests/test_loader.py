@@ -8,7 +8,6 @@ import pytest
 import torch
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("kornia")
 
 from fractalnet import sources  # noqa: E402
 from fractalnet.augment import (  # noqa: E402

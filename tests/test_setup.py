@@ -158,10 +158,3 @@ def test_flags_of_architectures(rules):
         "-gencode=arch=compute_100,code=compute_100",
     ]
     assert rules.gencode(["9.0a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
-
-
-def test_instruction_sets(rules, monkeypatch):
-    sources = ["csrc/cpu/kernels_avx2.cpp", "csrc/cpu/kernels_baseline.cpp", "csrc/cpu/ops.cpp"]
-    for machine, want in [("x86_64", "avx2,baseline"), ("AMD64", "avx2,baseline"), ("aarch64", "baseline")]:
-        monkeypatch.setattr(rules.platform, "machine", lambda machine=machine: machine)
-        assert rules.simd_targets(sources) == want

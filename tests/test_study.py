@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("yaml")
 
-from fractalnet import anytime, evaluate, probes, sources, study  # noqa: E402
+from fractalnet import anytime, evaluate, export, probes, sources, study  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.formats import Images  # noqa: E402
 from fractalnet.plain import PlainNet  # noqa: E402
@@ -133,7 +133,7 @@ def test_joins_are_the_blocks(options, composed):
     path = full_path(2, 3)
     z = torch.randn(5, 3, 8, 8, dtype=torch.float64)
     for block in net.blocks:
-        found = probes.joins(block, z)
+        found = list(export.PlainBlock(block, folded=False).eval().joins(z))
         assert len(found) == 4
         want = block(z, path.keep[0], path.alone)
         torch.testing.assert_close(found[-1], want, rtol=1e-10, atol=1e-10)
@@ -154,7 +154,7 @@ def test_joins_against_the_recursive_rule():
     first = conv(2, 0, x)
     second = (conv(1, 0, x) + conv(2, 1, first)) / 2
     third = conv(2, 2, second)
-    for got, want in zip(probes.joins(block, x), (first, second, third), strict=False):
+    for got, want in zip(export.PlainBlock(block, folded=False).eval().joins(x), (first, second, third), strict=False):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -207,9 +207,9 @@ def test_what_one_set_of_statistics_costs_the_deepest_column():
     model = FractalNet(10, 3, (8, 16, 16), in_channels=1, image_size=8, split_stats=False)
     study.fit(model, data, study.Recipe(6, 0.02, 64, nesterov=True, weight_decay=5e-4, shift=1), 0, Bar())
     shared = [block.unit(2, j).running_mean.clone() for block in model.blocks for j in range(4)]
-    before = evaluate.scores(model, evaluate.parts(split.train_x, split.train_y))["column 2"]["loss"]
+    before = evaluate.scores(model, [(split.train_x, split.train_y)])["column 2"]["loss"]
     model.recalibrate(split.train_x.split(64), column=2)
-    after = evaluate.scores(model, evaluate.parts(split.train_x, split.train_y))["column 2"]["loss"]
+    after = evaluate.scores(model, [(split.train_x, split.train_y)])["column 2"]["loss"]
     own = [block.unit(2, j).running_mean for block in model.blocks for j in range(4)]
     moved = [float((a - b).norm() / b.norm()) for a, b in zip(shared, own, strict=True)]
     assert max(moved) > 0.1, moved

@@ -1,6 +1,7 @@
 """Batch norm over ranks: two processes with parts of a batch against one process with all of it, in fp64."""
 
 import copy
+import inspect
 import pickle
 
 import fractalnet
@@ -17,6 +18,9 @@ import fractal_kernels as fk
 from fractal_kernels import block_rows
 
 N = 8
+# PyTorch 2.11 knows the deprecated name alone.
+KEEP = "forward_sync_buffers"
+KEEP = KEEP if KEEP in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
 SPLITS = ((5, 3), (8, 0))
 
 
@@ -88,7 +92,7 @@ def both(rank, folder, kinds):
             net = network(kind)
             assert (fk.sync_batch_norm(net) if kind == "joined" else net.sync_batch_norm()) in (None, 2)
             net = pickle.loads(pickle.dumps(copy.deepcopy(net)))  # as checkpoints do
-            model = DistributedDataParallel(net, forward_sync_buffers=False)
+            model = DistributedDataParallel(net, **{KEEP: False})
             first, last = (0, split[0]) if rank == 0 else (split[0], N)
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
 

@@ -35,7 +35,7 @@ TESTS = " or ".join(
         "all_flags", "plain_flags", "number_of_branches", "everything_dropped", "empty_batch", "mask_dtypes",
         "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck", "statistics_of_dropped_branches",
         "dropped_branches_are_not_read", "dropped_sample", "windows_of_minus_infinity", "no_channels", "expanded",
-        "only_the_gradients", "running_statistics",
+        "only_the_gradients", "running_statistics", "strides_of_2_31",
     )
 )  # fmt: skip
 PROCESSES = 2

@@ -1,7 +1,5 @@
 // Run-time choice of the instruction set.
 #pragma once
-#include <vector>
-
 #include "conv.h"
 #include "job.h"
 
@@ -13,8 +11,6 @@ struct Isa {
   const ConvKernels* conv;  // null: none for this set
 };
 
-std::vector<Isa> supported_isas();  // of this machine, widest first
 const Isa& selected_isa();
-RunFn select_run();
 
 }  // namespace fractal::cpu

@@ -127,7 +127,7 @@ void run_units(Job& job) {
   const bool forward = job.kernel == Kernel::kForward;
   job.past_caches = past_caches(job, forward ? &job.out : job.dy, forward ? 1 : job.k);
   job.short_rows &= !job.past_caches;  // such stores are to fill one line after the other
-  const RunFn run = select_run();
+  const RunFn run = selected_isa().run;
   parallel(job, job.units, [&](int64_t begin, int64_t end) { run(job, 0, begin, end, nullptr); });
 }
 
@@ -229,7 +229,7 @@ struct Running {
 
 template <class A>
 void channel_stats_typed(const Job& job, Tensor& mean, Tensor& var, Tensor& count, const Running& running) {
-  const RunFn run = select_run();
+  const RunFn run = selected_isa().run;
   const Blocks blocks(job);
   const int64_t C = job.C, stride = 1 + 3 * C;
   std::vector<A> partial(job.channels_last ? blocks.count * stride : 3 * job.units);
@@ -287,7 +287,7 @@ void join_forward(Tensor out, Tensors ys, std::optional<Tensor> mask, Tensors me
 
 template <class A>
 void reduce_typed(const Job& job, const Params<A>& params, Tensor& sum_dz, Tensor& sum_dzx) {
-  const RunFn run = select_run();
+  const RunFn run = selected_isa().run;
   const Blocks blocks(job);
   const int64_t C = job.C, k = job.k, stride = k * 2 * C;
   std::vector<A> partial(job.channels_last ? blocks.count * stride : job.units * k * 2);
@@ -340,20 +340,7 @@ void join_backward_apply(Tensors dys, Tensor grad, Tensors ys, std::optional<Ten
   });
 }
 
-}  // namespace
-
-const Isa& selected_isa() {
-  static const Isa isa = [] {
-    const char* name = std::getenv("FRACTAL_CPU_ISA");  // for tests: a narrower set than the machine has
-    for (const Isa& candidate : supported_isas())
-      if (name == nullptr || std::string(name) == candidate.name) return candidate;
-    return supported_isas().back();
-  }();
-  return isa;
-}
-
-RunFn select_run() { return selected_isa().run; }
-
+// Of this machine, widest first.
 std::vector<Isa> supported_isas() {
   std::vector<Isa> list;
 #if defined(__x86_64__)
@@ -366,6 +353,18 @@ std::vector<Isa> supported_isas() {
 #endif
   list.push_back({"baseline", baseline::run, nullptr});
   return list;
+}
+
+}  // namespace
+
+const Isa& selected_isa() {
+  static const Isa isa = [] {
+    const char* name = std::getenv("FRACTAL_CPU_ISA");  // for tests: a narrower set than the machine has
+    for (const Isa& candidate : supported_isas())
+      if (name == nullptr || std::string(name) == candidate.name) return candidate;
+    return supported_isas().back();
+  }();
+  return isa;
 }
 
 }  // namespace fractal::cpu

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, reference, sync
-from ..library import Flags, accumulate_dtype
+from ..library import MAX_BRANCHES, Flags, accumulate_dtype
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
@@ -344,8 +344,8 @@ def drop_path_mask(
         [1, 1, 1, 1]
     """
     op = "drop_path_mask"
-    if not isinstance(num_branches, Integral) or not 1 <= num_branches <= 8:
-        raise ValueError(f"{op}: expected num_branches from 1 to 8, got {num_branches!r}")
+    if not isinstance(num_branches, Integral) or not 1 <= num_branches <= MAX_BRANCHES:
+        raise ValueError(f"{op}: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
     checks.probability(op, "p", p)
     if batch_size is not None and (not isinstance(batch_size, (Integral, torch.SymInt)) or batch_size < 0):
         raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")

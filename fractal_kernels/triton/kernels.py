@@ -202,8 +202,8 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
                     v = v if ALL or not MASK else tl.where(lives[b], v, 0.0)
                 if NP == 4:
                     ok = ok & (2 * h + e // 2 < H) & (2 * w + e % 2 < W)
-                step = (e // 2) * d_sh[b] + (e % 2) * (d_sp[b] if CL else 1)
-                tl.store(dys[b] + (tos[b] + step), v.to(dys[b].dtype.element_ty), ok)
+                to = tos[b] + (e // 2) * d_sh[b] + (e % 2) * (d_sp[b] if CL else 1)  # as in element()
+                tl.store(dys[b] + to, v.to(dys[b].dtype.element_ty), ok)
 
 
 @triton.jit(do_not_specialize=("programs",))

@@ -99,8 +99,8 @@ def parameters(mean, var, weight, bias, c, C, eps, HAS_W: tl.constexpr, HAS_B: t
 @triton.jit
 def element(y, off, e: tl.constexpr, ok, sh, sp, CL: tl.constexpr):
     """y at element e of each window: (0, 0), (0, 1), (1, 0), (1, 1)."""
-    step = (e // 2) * sh + (e % 2) * (sp if CL else 1)
-    return tl.load(y + (off + step), ok, other=0.0).to(tl.float32)
+    at = off + (e // 2) * sh + (e % 2) * (sp if CL else 1)  # one by one: both strides together may pass 32 bits
+    return tl.load(y + at, ok, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ def run_anytime(arguments: argparse.Namespace) -> None:
         if arguments.out:
             require("matplotlib")
             found = {"images": len(y), **study.machine(), "rows": rows}
-            write(arguments.out, {"anytime.json": study.as_json(found), "anytime.png": plots.early_exit(rows)})
+            write(arguments.out, {"anytime.json": outputs.as_json(found), "anytime.png": plots.early_exit(rows)})
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
@@ -274,12 +274,12 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments, rest = parser().parse_known_args(argv)
-    trains = arguments.run is run_train
-    if rest and not trains:
-        command = arguments.parser
-        command.error(f"unknown argument {' '.join(rest)}; the options are: {command.options()}")
     try:
+        arguments, rest = parser().parse_known_args(argv)
+        trains = arguments.run is run_train
+        if rest and not trains:
+            command = arguments.parser
+            command.error(f"unknown argument {' '.join(rest)}; the options are: {command.options()}")
         arguments.run(arguments, rest) if trains else arguments.run(arguments)
     except (UserError, BackendUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -81,7 +81,7 @@ class ComposedBlock(Block):
         **options: object,
     ) -> None:
         super().__init__(in_channels, max(widths), len(widths), **options)
-        self.widths, self.kernel_mix = tuple(widths), kernel_mix
+        self.widths = tuple(widths)
         self.sizes = [widths[unit.column] for unit in self.schedule.units]
         self.weights = nn.ParameterList()
         self.weights_1x1, self.projections = nn.ParameterDict(), nn.ParameterDict()
@@ -192,7 +192,8 @@ class ComposedBlock(Block):
                     live = self._live_samples(keep.unsqueeze(2))
                 count = self._count(x, runs, live)
                 if self.sync_group is not None:
-                    count *= sync.add(count.new_full((1,), x.shape[0]), self.sync_group)
+                    group = sync.name_of("FractalNet", self.sync_group)
+                    count *= sync.add(count.new_full((1,), x.shape[0]), group)
                 elif keep.dim() == 2:
                     count *= x.shape[0]
                 self.track(count, *taken, alone)

@@ -55,11 +55,6 @@ def score(logits: Tensor, y: Tensor) -> dict[str, float]:
     }
 
 
-def parts(x: Tensor, y: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches for `scores`."""
-    return zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-
-
 @torch.no_grad()
 def scores(model: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """Loss and accuracy of the full network and of each column alone; from 20 classes on also of the five best answers.
@@ -236,17 +231,23 @@ def mixture(model: FractalNet, batch: int, count: int, seed: int) -> list[drop_p
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves for backward, parameters and buffers excluded."""
+    """Bytes of the distinct storages that autograd saves for backward; but not parameters and buffers, nor autocast's
+    copies of weights, which a step makes whoever saves them."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    # By sizes in any order: what is saved may be a view, [O, I, 3, 3] of a wide weight [O, 3, 3, I].
+    weights = {tuple(sorted(p.shape)): p.dtype for p in model.parameters() if p.dim() > 1}
     kept: dict[int, Tensor] = {}
 
-    def pack_hook(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def pack(tensor: Tensor) -> Tensor:
+        if weights.get(tuple(sorted(tensor.shape)), tensor.dtype) == tensor.dtype:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-        loss = forward()  # noqa: F841 (keeps the graph, and with it the addresses, alive)
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    del loss
+    return total
 
 
 def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
@@ -306,6 +307,7 @@ def hold_together(fused: nn.Module, eager: nn.Module, x: Tensor) -> None:
 
 
 def stepper(net: nn.Module, forward: Callable[[int], Tensor], y: Tensor, momentum: float) -> Callable[[int], None]:
+    """A training step of `forward(i)`'s logits: zero_grad, forward, backward, SGD."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=momentum, fused=True)
 
     def step(i: int) -> None:

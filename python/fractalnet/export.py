@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def _sequential(layers: Sequence[nn.Module], folded: bool) -> nn.Sequential:
     return fold(nn.Sequential(*layers)) if folded else nn.Sequential(*layers)
 
 
-class _Block(nn.Module):
+class PlainBlock(nn.Module):
     """A fractal block in evaluation, row by row, of torch.nn modules."""
 
     def __init__(self, block: Block, folded: bool) -> None:
@@ -104,15 +104,23 @@ class _Block(nn.Module):
         self.pool = block.pool_layer()
         self.before = block.pool == "before"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def joins(self, x: Tensor) -> Iterator[Tensor]:
+        """Every join, row by row; the last one is pooled: the block's output."""
         outs: dict[int, Tensor] = {}
         for row in range(self.schedule.rows):
             outs |= {unit.column: self.units[unit.id](x) for unit in self.schedule.starts[row]}
             branches = [outs[unit.column] for unit in self.schedule.ends[row]]
-            if self.before and row == self.schedule.rows - 1:
+            last = row == self.schedule.rows - 1
+            if self.before and last:
                 branches = [self.pool(branch) for branch in branches]
             x = torch.stack(branches).mean(0)
-        return x if self.before else self.pool(x)
+            if not self.before and last:
+                x = self.pool(x)
+            yield x
+
+    def forward(self, x: Tensor) -> Tensor:
+        *_, out = self.joins(x)
+        return out
 
 
 @torch.no_grad()
@@ -133,7 +141,7 @@ def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
         True
     """
     stem = [] if isinstance(model.stem, nn.Identity) else plain_stem(model.stem)
-    blocks = [_Block(block, fold) for block in model.blocks]
+    blocks = [PlainBlock(block, fold) for block in model.blocks]
     return nn.Sequential(
         *_sequential(stem, fold), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(model.head)
     ).eval()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from .files import UserError, require
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     from PIL.Image import Image
 
 __all__ = ["Encoded", "Files", "Images", "cifar_binary", "decoded", "folder", "parquet", "rows"]
@@ -127,6 +127,8 @@ def each(function: Callable[[int], T], count: int, threads: int = THREADS) -> li
 
 def decoded(splits: Sequence[Files], height: int, width: int) -> list[Images]:
     """Every image of the splits, with one channel if all are grey; UserError names the first that is damaged."""
+    import numpy as np
+
     arrays, grey = [np.empty((len(s), 3, height, width), np.uint8) for s in splits], True
     threads = THREADS if height * width > SMALL else 1
     for split, x in zip(splits, arrays, strict=True):
@@ -216,6 +218,8 @@ def folder(root: Path) -> tuple[list[Files], tuple[str, ...]]:
 
 
 def split_of(root: Path, split: str, classes: tuple[str, ...]) -> Files:
+    import numpy as np
+
     names, sizes, y = [], [], []
     for label, name in enumerate(classes):
         files = listed(root / split / name)
@@ -292,7 +296,7 @@ def rows(
     return Files(encoded, y), classes
 
 
-def shards(root: Path, places: Iterable[Path], split: str) -> list[Path]:
+def shards(places: Iterable[Path], split: str) -> list[Path]:
     """The parquet files of a split in the first of these places that has any; none may be missing of a numbered set."""
     found = next((f for p in places if (f := sorted(p.glob(f"{split}-*.parquet")))), [])
     for file in found:
@@ -313,9 +317,9 @@ def parquet(
     import datasets
 
     places = [p for p in (root, root / "data", root / sub) if p.is_dir()]
-    files = {"train": [], "test": next((f for name in test if (f := shards(root, places, name))), [])}
+    files = {"train": [], "test": next((f for name in test if (f := shards(places, name))), [])}
     for name in train:
-        files["train"] += (part := shards(root, places, name))
+        files["train"] += (part := shards(places, name))
         if not part:
             raise UserError(f"{root}: expected {name}-*.parquet there or in {root / 'data'}, got none")
     if not files["test"]:
@@ -359,6 +363,8 @@ def footer(file: Path, label: str | None) -> tuple[int, dict[str, Any]]:
 
 def cifar_binary(files: Sequence[Path], classes: int, labels: int) -> Images:
     """Records of `labels` label bytes, of which the last counts, and 3x32x32 pixels."""
+    import numpy as np
+
     record, parts = labels + 3 * 32 * 32, []
     for file in files:
         try:

@@ -56,7 +56,6 @@ PACKAGES = (
     "numpy",
     "lightning",
     "torchmetrics",
-    "kornia",
     "datasets",
     "scikit-learn",
 )

@@ -10,48 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import drop_path, evaluate, plots, study, trained
+from . import evaluate, export, outputs, plots, study, trained
 from .files import folder_for, require, write
-from .fused import ACTIVATIONS, Block
+from .fused import ACTIVATIONS
 from .model import FractalNet
 from .sources import Split
 
-__all__ = ["features", "joins", "measure", "run", "table"]
+__all__ = ["features", "measure", "run", "table"]
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-
-
-def _steps(layers: Sequence[nn.Module]) -> list[nn.Sequential]:
-    """A column's layers unit by unit: each begins with its 3x3 convolution."""
-    starts = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    return [nn.Sequential(*layers[a:b]) for a, b in zip(starts, [*starts[1:], len(layers)], strict=True)]
-
-
-@torch.no_grad()
-def joins(block: Block, x: Tensor) -> list[Tensor]:
-    """Every join of a block in evaluation, nothing dropped, row by row; the last one is pooled: the block's output.
-
-    A fused block keeps its joins to itself, so they are computed from its columns' own layers.
-    """
-    columns = [_steps(block.column_layers(c, set=0)) for c in range(block.columns)]
-    for steps in columns:
-        for step in steps:
-            step.to(x.device, x.dtype).eval()
-        if block.pool == "after":
-            steps[-1] = nn.Sequential(*(m for m in steps[-1] if not isinstance(m, POOLS)))
-    found: list[Tensor] = []
-    branches: dict[int, Tensor] = {}
-    for starts, ends in zip(block.schedule.starts, block.schedule.ends, strict=True):
-        for unit in starts:
-            branches[unit.id] = columns[unit.column][unit.step](x)
-        x = torch.stack([branches.pop(unit.id) for unit in ends]).mean(0)
-        found.append(x)
-    if block.pool == "after":
-        found[-1] = F.max_pool2d(x, 2)
-    return found
 
 
 @torch.no_grad()
@@ -62,13 +31,12 @@ def features(model: FractalNet, x: Tensor) -> Iterator[tuple[str, int, Tensor]]:
     longest path to it. Everything is detached and in evaluation.
     """
     model.eval()
-    path = drop_path.full_path(len(model.blocks), model.columns)
     z, depth = model.stem(x), model.depth() - len(model.blocks) * model.blocks[0].schedule.rows  # 1 with a stem
-    for block, rows in zip(model.blocks, path.keep.unbind(), strict=True):
-        for joined in joins(block, z):
+    for block in model.blocks:
+        for joined in export.PlainBlock(block, folded=False).eval().joins(z):
             depth += 1
             yield "join", depth, joined.mean((2, 3))
-        z = block(z, rows, path.alone)
+        z = joined
     for column in range(model.columns):
         z, depth, last = x, 0, None
         for layer in model.extract_column(column):
@@ -118,7 +86,7 @@ def run(checkpoint: Path, root: Path | None, out: Path) -> list[dict[str, Any]]:
     with folder_for(out):
         rows = measure(model, trained.split(content, root))
         found = {"recipe": content["recipe"], "seed": content["config"]["seed"], **study.machine()}
-        files = {"probes.json": study.as_json(found | {"rows": rows}), "probes.png": plots.probes(rows)}
+        files = {"probes.json": outputs.as_json(found | {"rows": rows}), "probes.png": plots.probes(rows)}
         write(out, files)
         print(f"{table(rows)}\n\nwrote {', '.join(files)} to {out}")
     return rows

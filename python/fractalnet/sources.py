@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,10 +233,10 @@ def in_memory(name: str, splits: list[Images], classes: tuple[str, ...], image_s
 
 def statistics(x: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, from counts of the 256 values: exact, whatever the number of pixels."""
-    values = np.arange(256) / scale
+    values = torch.arange(256, dtype=torch.float64) / scale
     mean, std = [], []
     for channel in x.unbind(1):
-        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096)).numpy()
+        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096)).double()
         mean.append(float(values @ counts / counts.sum()))
-        std.append(float(np.sqrt((values - mean[-1]) ** 2 @ counts / counts.sum())))
+        std.append(float(((values - mean[-1]) ** 2 @ counts / counts.sum()).sqrt()))
     return tuple(mean), tuple(std)

@@ -6,7 +6,6 @@ Both train on scikit-learn's digits, draw and print what they find, and keep eve
 from __future__ import annotations
 
 import copy
-import json
 import math
 import platform
 import sys
@@ -161,7 +160,8 @@ def depth(
                         run["parameters"] = sum(p.numel() for p in model.parameters())
                         runs.append(run | trained | {"holdout": answers(model, split.test_x, split.test_y)})
         found = report(recipe, data) | {"channels": CHANNELS, "watched": WATCHED, "runs": runs}
-        files = {"depth.json": as_json(found), "depth.png": plots.depth(runs), "columns.png": plots.columns(runs)}
+        files = {"depth.json": outputs.as_json(found)}
+        files |= {"depth.png": plots.depth(runs), "columns.png": plots.columns(runs)}
         write(out, files)
         print(f"\n{depth_table(runs)}\n\nwrote {', '.join(files)} to {out}")
     return found
@@ -217,7 +217,7 @@ def statistics(epochs: int, seeds: Sequence[int], out: Path) -> dict[str, Any]:
         with tqdm(total=2 * len(seeds) * epochs, unit="epoch", dynamic_ncols=True, mininterval=quiet()) as bar:
             runs = [statistics_run(recipe, data, seed, bar) for seed in seeds]
         found = report(recipe, data) | {"network": DEMO, "runs": runs}
-        files = {"statistics.json": as_json(found)}
+        files = {"statistics.json": outputs.as_json(found)}
         write(out, files)
         print(f"\n{statistics_table(runs)}\n\nwrote {', '.join(files)} to {out}")
     return found
@@ -275,7 +275,3 @@ def machine() -> dict[str, Any]:
 def report(recipe: Recipe, data: sources.Dataset) -> dict[str, Any]:
     """What belongs beside the figures of a run."""
     return {"recipe": asdict(recipe), **machine(), "data": data.describe()}
-
-
-def as_json(found: dict[str, Any]) -> bytes:
-    return (json.dumps(found, indent=1) + "\n").encode()
