@@ -72,14 +72,16 @@ interpret: $(STAMP)
 simt: $(STAMP)
 	FRACTAL_CUDA=all $(PY) -m pytest -q tests/test_simt.py tests/test_cuda.py $(ARGS)
 
-# That, and the extension compiled by nvcc, loaded into a CUDA build of the oldest PyTorch that can load it, and built
-# there. A quarter of an hour, 5 GB.
+# That, and the extension compiled by nvcc, loaded into a CUDA build of the oldest PyTorch that can load it, which also has
+# to trace everything in one graph, and built there. A quarter of an hour, 5 GB.
+TRACED := (compile or graph or two_ranks) and not opcheck
 cuda-check: simt
 	@echo "the CUDA extension for every architecture, on $$(nproc) cores:"
 	time -p env FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11
+	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11 pytest
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_load.py
+	PYTHONPATH=.:python .venv-cuda/bin/python -m pytest -q tests/test_compile.py tests/test_sync.py tests/test_conv_step.py tests/test_networks.py -k '$(TRACED)'
 	FRACTAL_BUILD=cuda .venv-cuda/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .
 	cd tests && PYTHONPATH= ../.venv-cuda/bin/python cuda_load.py
 

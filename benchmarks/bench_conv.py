@@ -1,8 +1,9 @@
 """Convolutions of a block's rows: ours against the library's, one wide against one by one.
 
 The figures behind `fits` in fractal_kernels/tiny_conv.py and cpu_conv.py, and `wide_is_faster` in
-fractal_kernels/block_rows.py. Every figure is of forward and backward, without the gradient of an image. Kept in
-results/conv: make bench ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json".
+fractal_kernels/block_rows.py. Figures are of forward and backward, without the gradient of an image, but for those of
+few pixels. Kept in results/conv: make bench ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", and
+few.json with -k few_pixels.
 """
 
 from __future__ import annotations
@@ -48,6 +49,21 @@ SHAPES = [
     (16, 256, 512, 2),
     (16, 512, 512, 2),
     (1, 64, 64, 8),
+]
+FEW = [
+    (1, 128, 128, 2),
+    (2, 128, 128, 2),
+    (1, 256, 256, 2),
+    (2, 256, 256, 2),
+    (4, 256, 256, 2),
+    (1, 256, 256, 4),
+    (1, 256, 512, 4),
+    (2, 256, 512, 4),
+    (1, 512, 512, 4),
+    (2, 512, 512, 4),
+    (4, 512, 512, 4),
+    (1, 512, 512, 8),
+    (2, 512, 512, 8),
 ]
 
 
@@ -133,4 +149,18 @@ def test_conv(compare: Callable[..., None], name: str, case: tuple[int, ...]) ->
         f"{name}, batch {n}, {c} to {k} channels, {size}x{size}",
         {"ours": lambda _: call(KERNELS[name]), "library": lambda _: call(Library)},
         ROUNDS,
+    )
+
+
+@pytest.mark.parametrize("case", FEW, ids=dash)
+def test_few_pixels(compare: Callable[..., None], case: tuple[int, ...]) -> None:
+    """Forward alone, as an answer for one image is."""
+    n, c, k, size = case
+    x, weight = channels_last(n, c, size, size), channels_last(k, c, 3, 3)
+    hold_together("conv", [cpu_conv.conv(x, weight)], [Library.conv(x, weight)], 1e-4)
+    compare(
+        "conv",
+        f"cpu_conv forward, batch {n}, {c} to {k} channels, {size}x{size}",
+        {"ours": lambda _: cpu_conv.conv(x, weight), "library": lambda _: Library.conv(x, weight)},
+        4 * ROUNDS,
     )

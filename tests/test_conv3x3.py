@@ -141,6 +141,8 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
     assert conv3x3.kernel(x, weight(4, 512), "cpu") is tiny_conv
     assert conv3x3.kernel(images(2, 32, 4, 4), weight(16, 32), "cpu") is cpu_conv
     assert conv3x3.kernel(images(2, 3, 4, 4), weight(16, 3), "cpu") is cpu_conv
+    assert conv3x3.kernel(images(2, 256, 4, 4), weight(512, 256), "cpu") is cpu_conv
+    assert conv3x3.kernel(images(1, 256, 4, 4), weight(512, 256), "cpu") is None  # of so few pixels the library's
     for other_x, other_weight, backend in (
         (images(2, 32, 4, 4), weight(16, 32), "reference"),
         (x, weight(4, 512), "reference"),
