@@ -119,8 +119,9 @@ class PlainBlock(nn.Module):
             yield x
 
     def forward(self, x: Tensor) -> Tensor:
-        *_, out = self.joins(x)
-        return out
+        for joined in self.joins(x):
+            x = joined  # one at a time: a list would hold them all
+        return x
 
 
 @torch.no_grad()

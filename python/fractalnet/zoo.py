@@ -94,8 +94,8 @@ def create(name: str, **overrides: Any) -> FractalNet | PlainNet:
 def load(path: str | Path) -> FractalNet | PlainNet:
     """The network of a training's model.pt, in evaluation mode on the CPU. Nothing in the file is executed.
 
-    How its images go in is in ``torch.load(path, weights_only=True)["data"]``: ``mean``, ``std`` and ``normalise``, and
-    the names of the ``classes``.
+    How its images go in is in ``torch.load(path, weights_only=True)["data"]``: ``scale``, ``mean``, ``std`` and
+    ``normalise``, and the names of the ``classes``.
 
     Args:
         path: what ``python -m fractalnet train`` has written.
