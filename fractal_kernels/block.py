@@ -12,6 +12,7 @@ from . import backends, checks, reference, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
+from .ops.exported import is_exporting
 from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .schedule import schedule
 
@@ -263,6 +264,11 @@ def fractal_block(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
+    if is_exporting():
+        raise RuntimeError(
+            f"{op}: expected to run with this package, got an export to ONNX or a TorchScript trace; of a FractalNet, "
+            "fractalnet.export.plain(model) is a network that can be exported"
+        )
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised,

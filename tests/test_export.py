@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript")
 safetensors = pytest.importorskip("safetensors.torch")
 safe_open = pytest.importorskip("safetensors").safe_open
 
-from fractalnet import FractalNet, export, sources  # noqa: E402
+from fractalnet import FractalNet, PlainNet, create, export, sources  # noqa: E402
 from fractalnet import trained as trained_files  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 
@@ -109,6 +109,33 @@ def test_a_network_in_training_is_left_in_training():
     x = images()
     net.eval()
     assert relative(plain(x), net(x)) <= 1e-5 and relative(folded(x), net(x, column=1)) <= 1e-5
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout": (0.2, 0.0), "conv_bias": True, "pool": "avg", "last_pool": False},
+        {"bn_affine": False, "eps": 0.01, "stem": "resnet"},
+    ],
+    ids=str,
+)
+def test_plain_of_a_plain_network(options, fold):
+    net = PlainNet(7, 2, (4, 6), image_size=16, **options)
+    net(torch.randn(8, 3, 16, 16))  # statistics move
+    x = torch.randn(5, 3, 16, 16)
+    plain = export.plain(net, fold=fold)
+    assert net.training and not plain.training
+    assert relative(plain(x), net.eval()(x)) <= 1e-5
+    kinds = {type(m) for m in plain.modules() if not list(m.children())}
+    assert all(kind.__module__.startswith("torch.nn.modules") for kind in kinds)
+    assert (nn.BatchNorm2d in kinds) == (not fold) and (nn.Dropout in kinds) == ("dropout" in options and not fold)
+    expected = plain(x)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), *net.buffers()):
+            tensor.zero_()
+    assert torch.equal(plain(x), expected)  # a copy
 
 
 # --- programs ----------------------------------------------------------------------------------------
@@ -293,6 +320,22 @@ def test_commands(checkpoint, tmp_path, capfd):
     assert said.out.splitlines() == [f"wrote {out}"] * 2 + [f"wrote {out}.pt2"] * 2 + [f"wrote {out}.onnx"]
     assert said.err == ""
     assert sorted(f.name for f in out.parent.iterdir()) == ["out", "out.onnx", "out.pt2"]
+
+
+def test_commands_of_a_plain_network(tmp_path, packed, refused):
+    arguments = {"name": "plain_c2", "num_classes": 7, "channels": (4, 6), "image_size": 8}
+    net, file = create(**arguments).eval(), tmp_path / "model.pt"
+    file.write_bytes(packed(net, arguments))
+    out = tmp_path / "net.pt2"
+    assert main(["export", "--checkpoint", str(file), "--out", str(out)]) == 0
+    program, x = torch.export.load(out), images()
+    assert relative(program.module()(x), net(x)) <= 1e-5
+    assert all(str(node.target).startswith("aten.") for node in program.graph.nodes if node.op == "call_function")
+    for command in ("export", "extract"):
+        argv = [command, "--checkpoint", str(file), "--column", "0", "--out", str(out)]
+        refused(argv, ["expected a FractalNet", "a plain network, which has no columns"])
+    with pytest.raises(ValueError, match="expected column None, as a plain network has no columns, got 0"):
+        export.to_pt2(net, out, 0)
 
 
 @pytest.mark.parametrize(

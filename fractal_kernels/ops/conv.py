@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks, conv3x3
 from ..library import _LIB, Flags, empty, to_layout
+from . import exported
 from .bn_relu import normalised
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
@@ -96,7 +97,7 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
         raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
     valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
     ours = valid and 0 not in x.shape[2:] and conv3x3.kernel(x, weight, backend)
-    if not ours or checks.is_autocast(x):
+    if not ours or checks.is_autocast(x) or exported.is_exporting():
         return F.conv2d(x, weight, padding=1)
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -138,6 +139,8 @@ def conv2d_1x1_pooled(x: Tensor, weight: Tensor, backend: str) -> Tensor:
 
     x and weight of one dtype, H and W of 2 or more.
     """
+    if exported.is_exporting():
+        return F.max_pool2d(_conv2d(x, weight), 2)
     return _PooledConv1x1.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 

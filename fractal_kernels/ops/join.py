@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends, checks, reference, sync
 from ..library import MAX_BRANCHES, Flags, accumulate_dtype
+from . import exported
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
 __all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
@@ -168,6 +169,8 @@ def masked_mean_join(
     if pool is not None:
         checks.poolable(op, ys[0])
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
+    if exported.is_exporting():
+        return exported.join(ys, mask, [], [], [], [], 0.0, flags)
     return _PlainJoin.apply(flags, backend, mask, *_distinct(ys))  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -215,6 +218,8 @@ def normalised_join(
     running = [t for t in (*running_means, *running_vars) if t is not None]
     if not batch_stats and torch.is_grad_enabled() and any(t.requires_grad for t in running):
         raise ValueError(f"{op}: expected running statistics that require no gradient: they have none")
+    if not batch_stats and exported.is_exporting():
+        return exported.join(ys, mask, running[:k], running[k:], weights, biases, eps, flags)
     if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
         params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]

@@ -20,7 +20,6 @@ from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import anytime, config, evaluate, export, outputs, plots, probes, study, trained
 from .files import Stopped, UserError, folder_for, require, write
-from .model import FractalNet
 
 EPILOG = """Every value of a recipe is an option: --epochs 2 --batch-size 50 --optimizer AdamW --optimizer.lr 1e-3 ...
 All of them: python -m fractalnet train --options. SIGTERM writes a checkpoint and exits with 0, Ctrl-C with 130."""
@@ -192,9 +191,10 @@ def add_studies(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=run_probes, parser=command)
 
 
-def for_export(arguments: argparse.Namespace) -> tuple[FractalNet, dict[str, object]]:
+def for_export(arguments: argparse.Namespace) -> tuple[evaluate.Network, dict[str, object]]:
     """The network of --checkpoint, which has the column of --column, and what its users have to know."""
-    model, content = trained.unpack_fractal(arguments.checkpoint)
+    unpack = trained.unpack if arguments.column is None else trained.unpack_fractal
+    model, content = unpack(arguments.checkpoint)
     if arguments.column is not None and arguments.column >= model.columns:
         raise UserError(f"--column: expected 0 to {model.columns - 1}, got {arguments.column}")
     return model, trained.for_users(content)

@@ -63,12 +63,8 @@ def _ends(columns: int) -> Tensor:
 
 @cache
 def _made_once(columns: int) -> Tensor:
-    s = schedule(columns)
-    ends = torch.zeros(s.rows, columns, dtype=torch.bool, device="cpu")
-    for row, units in enumerate(s.ends):
-        for unit in units:
-            ends[row, unit.column] = True
-    return ends
+    ends = [{unit.column for unit in row} for row in schedule(columns).ends]
+    return torch.tensor([[column in row for column in range(columns)] for row in ends], device="cpu")
 
 
 def full_path(blocks: int, columns: int) -> Path:

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import files
 from .layers import plain_stem
+from .plain import PlainNet
 
 if TYPE_CHECKING:
     from .fused import Block
@@ -125,7 +126,7 @@ class PlainBlock(nn.Module):
 
 
 @torch.no_grad()
-def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
+def plain(model: FractalNet | PlainNet, *, fold: bool = False) -> nn.Sequential:
     """The full network in evaluation, of ``torch.nn`` modules and a mean per join: what every exporter understands.
 
     Args:
@@ -142,7 +143,11 @@ def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
         True
     """
     stem = [] if isinstance(model.stem, nn.Identity) else plain_stem(model.stem)
-    blocks = [PlainBlock(block, fold) for block in model.blocks]
+    blocks: list[nn.Module]
+    if isinstance(model, PlainNet):
+        blocks = [_sequential(model.block_layers(b), fold) for b in range(len(model.blocks))]
+    else:
+        blocks = [PlainBlock(block, fold) for block in model.blocks]
     return nn.Sequential(
         *_sequential(stem, fold), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), copy.deepcopy(model.head)
     ).eval()
@@ -151,16 +156,21 @@ def plain(model: FractalNet, *, fold: bool = False) -> nn.Sequential:
 # --- programs ----------------------------------------------------------------------------------------
 
 
-def _prepare(model: FractalNet, column: int | None, fold: bool) -> tuple[nn.Sequential, dict[str, Any]]:
+def _prepare(model: FractalNet | PlainNet, column: int | None, fold: bool) -> tuple[nn.Sequential, dict[str, Any]]:
     """The plain network, and the arguments that both exporters take: images of a batch of any size."""
-    net = plain(model, fold=fold) if column is None else model.extract_column(column, fold=fold).eval()
+    if column is None:
+        net = plain(model, fold=fold)
+    elif isinstance(model, PlainNet):
+        raise ValueError(f"export: expected column None, as a plain network has no columns, got {column!r}")
+    else:
+        net = model.extract_column(column, fold=fold).eval()
     weight = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)).weight
     images = weight.new_zeros(2, weight.shape[1], model.image_size, model.image_size)  # 0 and 1 would be constants
     return net, {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
 def to_exported_program(
-    model: FractalNet, column: int | None = None, *, fold: bool = True
+    model: FractalNet | PlainNet, column: int | None = None, *, fold: bool = True
 ) -> torch.export.ExportedProgram:
     """The full network, or one column, in evaluation as a ``torch.export`` program for batches of any size.
 
@@ -181,7 +191,7 @@ def to_exported_program(
 
 
 def to_pt2(
-    model: FractalNet,
+    model: FractalNet | PlainNet,
     path: str | Path,
     column: int | None = None,
     *,
@@ -199,7 +209,7 @@ def to_pt2(
 
 
 def to_onnx(
-    model: FractalNet,
+    model: FractalNet | PlainNet,
     path: str | Path,
     column: int | None = None,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-__all__ = ["check", "check_flags", "check_network", "init_conv", "new_head", "plain_stem", "resnet_stem"]
+__all__ = ["check", "check_flags", "check_network", "init_conv", "new_head", "plain_stem", "plain_step", "resnet_stem"]
 
 STEM_CHANNELS = 64
 
@@ -105,12 +105,17 @@ def resnet_stem(in_channels: int, init: str, conv_bias: bool, bn_affine: bool, *
     return nn.Sequential(step, nn.MaxPool2d(3, 2, 1))
 
 
-def plain_stem(stem: nn.Sequential) -> list[nn.Module]:
-    """A copy of the stem in modules of ``torch.nn``."""
-    step = stem[0]
+def plain_step(step: ConvBNReLU) -> list[nn.Module]:
+    """A copy of a step in modules of ``torch.nn``."""
     made = {"device": step.conv.weight.device, "dtype": step.conv.weight.dtype}
-    conv = nn.Conv2d(step.conv.in_channels, STEM_CHANNELS, 7, 2, 3, bias=step.conv.bias is not None, **made)
-    bn = nn.BatchNorm2d(STEM_CHANNELS, step.bn.eps, step.bn.momentum, step.bn.affine, **made)
+    sizes = step.conv.kernel_size, step.conv.stride, step.conv.padding
+    conv = nn.Conv2d(step.conv.in_channels, step.conv.out_channels, *sizes, bias=step.conv.bias is not None, **made)
+    bn = nn.BatchNorm2d(step.bn.num_features, step.bn.eps, step.bn.momentum, step.bn.affine, **made)
     conv.load_state_dict(step.conv.state_dict())
     bn.load_state_dict(step.bn.state_dict())
-    return [conv, bn, nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    return [conv, bn, nn.ReLU()]
+
+
+def plain_stem(stem: nn.Sequential) -> list[nn.Module]:
+    """A copy of the stem in modules of ``torch.nn``."""
+    return [*plain_step(stem[0]), nn.MaxPool2d(3, 2, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -9,7 +10,17 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-from .layers import STEM_CHANNELS, check, check_flags, check_network, init_conv, is_whole, new_head, resnet_stem
+from .layers import (
+    STEM_CHANNELS,
+    check,
+    check_flags,
+    check_network,
+    init_conv,
+    is_whole,
+    new_head,
+    plain_step,
+    resnet_stem,
+)
 
 __all__ = ["PlainNet"]
 
@@ -22,6 +33,10 @@ class _Step(ConvBNReLU):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return self.bn(F.dropout(y, self.rate, self.training) if self.rate else y)
+
+    def layers(self) -> list[nn.Module]:
+        conv, *others = plain_step(self)
+        return [conv, *([nn.Dropout(self.rate)] if self.rate else []), *others]
 
 
 class PlainNet(nn.Module):
@@ -113,6 +128,11 @@ class PlainNet(nn.Module):
     def depth(self) -> int:
         """Convolutions in a row, the stem's among them."""
         return len(self.blocks) * self.depth_per_block + (not isinstance(self.stem, nn.Identity))
+
+    def block_layers(self, b: int) -> list[nn.Module]:
+        """Block b in modules of ``torch.nn``, with copies of its weights and statistics."""
+        steps = [step.layers() if isinstance(step, _Step) else [copy.copy(step)] for step in self.blocks[b]]
+        return [layer for layers in steps for layer in layers]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -1,0 +1,138 @@
+"""Programs that run without this package: ONNX files and TorchScript traces of models with our functions in them."""
+
+import warnings
+
+import cases
+import fractalnet
+import pytest
+import torch
+from torch import nn
+
+import fractal_kernels as fk
+from fractal_kernels.ops import exported
+
+EVALUATION = [case for case in cases.all_flags() if not case.training]
+
+
+@pytest.mark.parametrize("case", EVALUATION, ids=str)
+def test_every_flag(case, monkeypatch):
+    """What is written down is what the kernels compute, with its gradients."""
+    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    cases.check(case, cases.draw(case), None)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.plain_flags() if c.activation == "none"], ids=str)
+def test_plain_joins(case, monkeypatch):
+    data = cases.draw(case)
+    expected = cases.expect(case, data)
+    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    if case.reduction == "mean":  # the public function's
+        cases.assert_close(fk.masked_mean_join(data.ys, data.mask, pool=case.pool).detach(), expected.out)
+    flags = fk.checks.join_options("test", case.reduction, "none", case.pool, "all")
+    cases.assert_close(exported.join(data.ys, data.mask, [], [], [], [], 0.0, flags).detach(), expected.out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", ["none", "sample"])
+def test_half_precision(dtype, mask, monkeypatch):
+    case = cases.Case(training=False, mask=mask)
+    data = cases.draw(case, dtype)
+    expected = cases.expect(case, data).out
+    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    out = cases.run(case, data, None).out
+    assert out.dtype == dtype
+    # A branch's value is rounded before the join, in PyTorch's operators.
+    cases.assert_close(out, expected, slack=4 * cases.ROUNDING[dtype] * expected.abs().max())
+
+
+class Net(nn.Module):
+    """Each of the modules that a model of one's own may be of, and a batch norm without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        )  # fmt: skip
+        self.side = fk.ConvBNReLU(16, 16)
+        self.drop = fk.DropPathJoin(0.2, pool="before")
+        self.mean = fk.MeanJoin()
+        self.join = fk.BNReLUJoin(2, 16, reduction="sum", activation="output", pool="after")
+
+    def forward(self, x):
+        a = self.stem(x)
+        b = self.side(a)
+        a = self.drop([a, b])
+        return self.join([a, self.mean([a, a, a])]).mean((2, 3))
+
+
+@pytest.fixture
+def net():
+    net = Net()
+    assert len(fk.fuse(net).fused) == 2
+    net.to(memory_format=torch.channels_last)(torch.randn(4, 3, 16, 16))  # statistics move
+    return net.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+
+
+def test_trace(net, images, tmp_path):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(net, images)
+    program.save(tmp_path / "net.pt")
+    kinds = {node.kind() for node in torch.jit.load(tmp_path / "net.pt").inlined_graph.nodes()}
+    assert kinds and all(kind.startswith(("aten::", "prim::")) for kind in kinds) and "prim::PythonOp" not in kinds
+    more = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(program(more), net(more), rtol=1e-5, atol=1e-6)
+
+
+def test_onnx(net, images):
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(net, (images,), dynamic_shapes=({0: batch},), dynamo=True, verbose=False)
+    found = [node.op_type for node in program.model_proto.graph.node]
+    # Every batch norm before a convolution's end is in the convolution, as of an eager model.
+    assert found.count("Conv") == 3 and found.count("BatchNormalization") == 2
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for x in (images, torch.randn(5, 3, 16, 16)):
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_running_statistics(images):
+    """The batch's statistics, in evaluation too: our operators have those, and the exporters say that they are not
+    theirs."""
+    net = fk.BatchNormReLU2d(3, track_running_stats=False).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(net, images)
+    torch.testing.assert_close(
+        program(images), torch.batch_norm(images, *[None] * 4, True, 0.1, 1e-5, False).relu(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_fractal_block_names_the_way():
+    block = [torch.randn(8, 3, 3, 3), torch.randn(4, 4, 3, 3)]
+    path = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"fractal_block: .* TorchScript trace; .* fractalnet\.export\.plain"):
+        torch.jit.trace(lambda x: fk.fractal_block(x, block, None, None, path).out, torch.randn(2, 3, 8, 8))
+
+
+def test_composed_blocks():
+    """Of thin columns with projections, which are pooled where they are made."""
+    net = fractalnet.create("fractalnet40", columns=2, column_widths=(1, 0.5), channels=(8, 16), image_size=8).eval()
+    assert "composed" in net.info()
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)  # and what a network makes once is there: the tracer compares two traces
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.jit.trace(net, x)
+    assert not any(node.kind().startswith("fractal_kernels") for node in program.inlined_graph.nodes())
+    torch.testing.assert_close(program(x), expected.detach(), rtol=1e-5, atol=1e-6)
