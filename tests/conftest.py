@@ -30,6 +30,7 @@ needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a G
 # can show, which a round on one must not miss for want of time.
 LONG = (
     "test_graphed.py",
+    "test_graphed_changes.py",
     "test_graphed_training.py",
     "test_gpu.py",
     "test_triton.py",

@@ -257,24 +257,6 @@ def test_what_is_dropped_moves_nothing():
     assert torch.equal((block.running_mean != before[0]).any(2), moved)
 
 
-def test_a_loaded_state_and_another_momentum_are_captured_anew():
-    results = []
-    for graphed in (False, True):
-        net, optimizer, work, state = build(NETS["fused"])
-        twin = Twin(state)
-        step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1) if graphed else ordinary(work)
-        losses, path = [], column_path(2, 3, 1)
-        for i, (x, y) in enumerate(batches(9)):
-            if i == 3:
-                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            if i == 6:
-                optimizer.param_groups[0]["momentum"] = 0.5
-            losses.append(step(x, y, path))
-        results.append(losses + state())
-    assert (twin.captures, twin.replays) == (3, 6)
-    hold(results[1], results[0], 1e-10)
-
-
 def test_a_path_that_was_not_recorded_runs_as_it_is():
     net, optimizer, work, state = build(NETS["fused"])
     twin = Twin(state)

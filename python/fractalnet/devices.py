@@ -14,7 +14,7 @@ from .files import UserError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["fabric_for", "unfuse", "zero_momenta"]
+__all__ = ["fabric_for", "is_parallel", "unfuse", "zero_momenta"]
 
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
@@ -58,6 +58,13 @@ def fabric_for(config: Config) -> Fabric:
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
         raise UserError(f"train: --precision: expected one that {fabric.device.type} has, got {config.precision}")
     return fabric
+
+
+def is_parallel(fabric: Fabric) -> bool:
+    """Whether steps take part in what several processes do together, be it one process so far."""
+    from lightning.fabric.strategies import ParallelStrategy
+
+    return isinstance(fabric.strategy, ParallelStrategy)
 
 
 def unfuse(optimizer: torch.optim.Optimizer) -> None:

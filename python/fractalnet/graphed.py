@@ -16,11 +16,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .drop_path import Path
 from .model import FractalNet
 
 __all__ = ["GraphedStep"]
+
+PATIENCE = 3  # times that captures may come to nothing one after the other
 
 Work = Callable[[Tensor, Tensor, Path | None, bool], Tensor]
 
@@ -33,6 +36,9 @@ class Capturer(Protocol):
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Records a call without running it: what runs it, and the tensor that its result will be in."""
+
+    def forget(self) -> None:
+        """Nothing that was captured before will be replayed."""
 
 
 class _Cuda:
@@ -64,6 +70,9 @@ class _Cuda:
         finally:
             torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, out
+
+    def forget(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()  # a pool all of whose graphs are gone takes no others
 
     def _recover(self, current: torch.cuda.Stream) -> None:
         """What PyTorch leaves open when the end of a capture fails: the stream, the pool, the generator."""
@@ -116,7 +125,8 @@ class GraphedStep:
             mode, on a CUDA device. Its tensors stay where they are: values may be loaded into them, ``net.to`` must not
             be called.
         optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step; after
-            another setting or a loaded state its steps are captured anew.
+            another setting or state, such as another group of parameters, or where other weights require gradients, its
+            steps are captured anew. What changes a setting in every step (the momentum, say) leaves nothing to replay.
         work: ``work(x, y, path, dense)`` does all of a step on the device and returns the loss, a tensor: it calls
             ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
             part of it (counters, schedules, printing) would run when it is captured, and never again.
@@ -162,9 +172,11 @@ class GraphedStep:
         self._graphs: dict[int | None, _Graph] = {}
         self._shape: tuple[object, ...] | None = None
         self._recorded: object = None
-        # float32: what the kernels of fused optimizers read.
-        self._rates = [torch.empty((), dtype=torch.float32, device=self.device) for _ in optimizer.param_groups]
-        self._filled: list[float | None] = [None] * len(self._rates)
+        self._state: object = None
+        self._moments: list[tuple[Tensor, str, Tensor]] = []
+        self._in_vain = 0  # times that what was captured, or warm for it, was given up without a replay
+        self._rates: list[Tensor] = []
+        self._filled: list[float | None] = []
 
     def __call__(self, x: Tensor, y: Tensor, path: Path | None = None) -> Tensor:
         drops = isinstance(self.net, FractalNet) and self.net.training and self.net.global_mode != "tied"
@@ -174,9 +186,8 @@ class GraphedStep:
         self._shape = self._shape or shape
         if self.problem or shape != self._shape or not self.net.training:
             return self.work(x, y, path, False)
-        if self._recorded != (settings := self._settings()):  # another state was loaded, another momentum set
-            self._graphs.clear()
-            self._recorded = settings
+        if not self._holds() and not self._begin():
+            return self.work(x, y, path, False)
         kind = None if path is None else path.column
         if kind not in self._graphs:
             self._graphs[kind] = _Graph(x, y, path, self.device)
@@ -193,13 +204,43 @@ class GraphedStep:
                 return self.work(x, y, path, False)
         self._fill_rates()
         graph.replay()
+        self._in_vain = 0
         return graph.out.clone()
 
-    def _settings(self) -> tuple[object, ...]:
-        """What a capture records of the optimizer, but for the learning rates."""
-        groups = self.optimizer.param_groups
+    def _settings(self) -> list[object]:
+        """What a capture records of the optimizer, but for the learning rates and its state."""
+        trained = [p.requires_grad for p in self.net.parameters()]
         varying = ("params", "lr", "initial_lr")
-        return id(self.optimizer.state), *(tuple(v for k, v in group.items() if k not in varying) for group in groups)
+        groups = self.optimizer.param_groups
+        return [trained, *((len(g["params"]), *(v for k, v in g.items() if k not in varying)) for g in groups)]
+
+    def _holds(self) -> bool:
+        """Whether what was captured is still what a step is: graphs write into the state's tensors where they were."""
+        state = self.optimizer.state
+        if self._recorded != self._settings() or self._state is not state:
+            return False
+        return all(p in state and state[p].get(key) is t for p, key, t in self._moments)
+
+    def _begin(self) -> bool:
+        """Starts anew, after another setting or state; False: this has come so often that graphs are no use."""
+        self._in_vain += self._recorded is not None
+        self._forget()
+        if self._in_vain > PATIENCE:
+            self.problem = "the optimizer's settings or state change so often that no captured step is used again"
+            warnings.warn(f"GraphedStep: {self.problem}; steps run one kernel at a time", stacklevel=3)
+            return False
+        self._recorded, self._state = self._settings(), self.optimizer.state
+        # float32: what the kernels of fused optimizers read.
+        groups = self.optimizer.param_groups
+        self._rates = [torch.empty((), dtype=torch.float32, device=self.device) for _ in groups]
+        self._filled = [None] * len(groups)
+        return True
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._moments = []
+        if self.capturer is not None:
+            self.capturer.forget()
 
     def _call(self, graph: _Graph) -> Tensor:
         return self.work(graph.x, graph.y, graph.path, graph.masked)
@@ -212,7 +253,7 @@ class GraphedStep:
                 graph.replay, graph.out = self.capturer.capture(lambda: self._call(graph))
         except RuntimeError as error:  # CUDA's and PyTorch's, out of memory among them
             self.problem = f"a step cannot be captured: {type(error).__name__}: {' '.join(str(error).split())}"
-            self._graphs.clear()
+            self._forget()
             self.optimizer.zero_grad(set_to_none=True)  # what was recorded has left no values there
             for name in ("grad_scale", "found_inf"):  # nor in what a scaler hands over during the step
                 self.optimizer.__dict__.pop(name, None)
@@ -220,6 +261,9 @@ class GraphedStep:
             return False
         finally:
             torch.clear_autocast_cache()
+        # Held, so that no other tensor comes to where a replay writes.
+        state = self.optimizer.state
+        self._moments = [(p, k, t) for p in state for k, t in state[p].items() if isinstance(t, Tensor)]
         return True
 
     @contextmanager
@@ -239,6 +283,7 @@ class GraphedStep:
     def _fill_rates(self) -> None:
         for i, (group, rate) in enumerate(zip(self.optimizer.param_groups, self._rates, strict=True)):
             if isinstance(group["lr"], Tensor):
+                self._filled[i] = None
                 rate.copy_(group["lr"], non_blocking=True)
             elif self._filled[i] != group["lr"]:
                 self._filled[i] = group["lr"]
@@ -251,11 +296,13 @@ def _problem(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.dev
         return f"CUDA graphs need a CUDA device, and the network is on {device.type}"
     if not all(group.get("fused") for group in optimizer.param_groups):
         return f"the optimizer's step is the host's: expected {type(optimizer).__name__}(fused=True)"
+    if any(getattr(module, "sync_group", None) is not None for module in net.modules()):
+        return "batch norms are synchronised: a process that cannot capture would leave the others waiting"
+    if isinstance(net, DistributedDataParallel):
+        return "gradients of several processes are averaged: one that cannot capture would leave the others waiting"
     if isinstance(net, FractalNet):
         if net.global_mode == "tied":
             return 'global_mode "tied" draws its path inside the step'
-        if any(getattr(block, "sync_group", None) is not None for block in net.blocks):
-            return "batch norms are synchronised: a process that cannot capture would leave the others waiting"
         if net.granularity == "sample" and any(reasons for reasons in net._composed):
             return f"paths per sample choose the samples of composed blocks on the host: {net.info()}"
     return ""

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
-from .devices import fabric_for, unfuse, zero_momenta
+from .devices import fabric_for, is_parallel, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import Stopped, UserError, folder_for, require
 from .graphed import GraphedStep
@@ -153,7 +153,7 @@ class Run:
     def _graphs(self) -> GraphedStep | None:
         """Steps as CUDA graphs, or the reason why not, which is printed."""
         config, made = self.config, GraphedStep(self.net, self.optimizer.optimizer, self.work)
-        several = "steps of several devices wait for one another" if self.fabric.world_size > 1 else ""
+        several = "steps of several devices wait for one another" if is_parallel(self.fabric) else ""
         grouped = "gradients of several batches are added up" if config.accumulate > 1 else ""
         compiled = "steps that torch.compile has are not captured" if config.compile else ""
         if reason := several or grouped or compiled or made.problem:
@@ -248,7 +248,8 @@ class Run:
     def agree(self) -> None:
         """Running statistics that ranks took of their own parts alone become their mean."""
         if self.fabric.world_size > 1 and not self.config.sync_bn:
-            for buffer in (b for b in self.subject.buffers() if b.is_floating_point()):
+            nets = [self.net] if self.average is None else [self.net, self.subject]
+            for buffer in (b for net in nets for b in net.buffers() if b.is_floating_point()):
                 buffer.copy_(self.fabric.all_reduce(buffer.clone(), reduce_op="mean"))
 
     def told(self, came: list[int]) -> bool:

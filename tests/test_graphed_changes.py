@@ -1,0 +1,103 @@
+"""Graphed steps whose optimizer, rates, frozen weights or processes are not those of the capture any more."""
+
+import copy
+
+import pytest
+import torch
+from conftest import needs_gpu
+from fractalnet import PlainNet
+from fractalnet.drop_path import column_path
+from fractalnet.graphed import GraphedStep, _problem
+from graph_twin import Twin
+from test_graphed import NETS, batches, build, hold, ordinary
+
+
+def load(optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def load_twice(optimizer):
+    """The second state may come to the address of the first one."""
+    load(optimizer)
+    load(optimizer)
+
+
+def clear(optimizer):
+    optimizer.state.clear()
+
+
+def set_momentum(optimizer):
+    optimizer.param_groups[0]["momentum"] *= 0.5
+
+
+def add_group(optimizer):
+    group = optimizer.param_groups[0]
+    moved = group["params"].pop()
+    optimizer.add_param_group({"params": [moved], "lr": 2**-3})
+
+
+def freeze(optimizer):
+    optimizer.param_groups[0]["params"][-1].requires_grad_(False)
+
+
+def replace_moment(optimizer):
+    entry = next(iter(optimizer.state.values()))
+    entry["momentum_buffer"] = torch.zeros_like(entry["momentum_buffer"])
+
+
+@pytest.mark.parametrize("change", [load, load_twice, clear, set_momentum, add_group, freeze, replace_moment])
+@pytest.mark.parametrize("on", ["twin", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_what_changes_of_the_optimizer_is_captured_anew(change, on):
+    results = []
+    device, dtype = ("cuda", torch.float32) if on == "cuda" else ("cpu", torch.float64)
+    for graphed in (False, True):
+        net, optimizer, work, state = build(NETS["fused"], device, dtype)
+        twin = Twin(state) if on == "twin" else None
+        step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1) if graphed else ordinary(work)
+        losses, path = [], column_path(2, 3, 1)
+        for i, (x, y) in enumerate(batches(9, device=device, dtype=dtype)):
+            if i in (3, 6):
+                (change if i == 3 else set_momentum)(optimizer)
+                junk = [torch.full_like(t, 1e3) for t in net.parameters()]  # where memory was given back
+            losses.append(step(x, y, path))
+        del junk
+        results.append(losses + state())
+    assert step.problem == "" and (twin is None or (twin.captures, twin.replays) == (3, 6))
+    hold(results[1], results[0], 1e-10 if on == "twin" else 1e-3)
+
+
+def test_another_momentum_in_every_step_is_said_once_and_steps_go_on():
+    """As OneCycleLR sets it: there is never anything to replay."""
+    net, optimizer, work, state = build(NETS["fused"])
+    twin = Twin(state)
+    step = GraphedStep(net, optimizer, work, capturer=twin)
+    with pytest.warns(UserWarning, match="settings or state change so often .* steps run one kernel") as said:
+        for i, (x, y) in enumerate(batches(12)):
+            optimizer.param_groups[0]["momentum"] = 0.9 - i / 100
+            assert step(x, y, column_path(2, 3, 1)).isfinite()
+    assert len(said) == 1 and step.problem and twin.captures == 0
+
+
+def test_rates_as_tensors_and_as_numbers():
+    results = []
+    for graphed in (False, True):
+        net, optimizer, work, state = build(NETS["fused"])
+        step = GraphedStep(net, optimizer, work, capturer=Twin(state), warmup=1) if graphed else ordinary(work)
+        losses = []
+        for (x, y), rate in zip(batches(6), (0.0625, 0.0625, torch.tensor(0.5), 0.0625, 0.0625, 0.25), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            losses.append(step(x, y, column_path(2, 3, 1)))
+        results.append(losses + state())
+    hold(results[1], results[0], 1e-10)
+
+
+def test_what_waits_for_other_processes_says_why(monkeypatch):
+    """One process that cannot capture would leave them waiting."""
+    net = PlainNet(5, 2, (4,), image_size=8)
+    optimizer, device = torch.optim.SGD(net.parameters(), lr=0.1, fused=True), torch.device("cuda")
+    assert _problem(net, optimizer, device) == ""
+    parallel = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(parallel)
+    assert "gradients of several processes" in _problem(parallel, optimizer, device)
+    net.blocks[0][0].bn.sync_group = "0"  # as sync_batch_norm leaves it
+    assert "batch norms are synchronised" in _problem(net, optimizer, device)
