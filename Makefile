@@ -25,7 +25,7 @@ $(PY):
 	$(PYTHON) -m venv .venv
 
 $(STAMP): constraints.txt setup.py pyproject.toml $(CSRC) | $(PY)
-	$(PIP) torch setuptools wheel ninja pybind11
+	$(PIP) torch setuptools ninja pybind11
 	$(PIP) --no-build-isolation -e '.[dev]'
 	@$(PY) -m fractal_kernels.info
 	@touch $@
@@ -79,7 +79,7 @@ cuda-check: simt
 	@echo "the CUDA extension for every architecture, on $$(nproc) cores:"
 	time -p env FRACTAL_BUILD=cuda $(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' wheel ninja pybind11 pytest
+	.venv-cuda/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 numpy 'setuptools>=77.0.3' ninja pybind11 pytest
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_load.py
 	PYTHONPATH=.:python .venv-cuda/bin/python -m pytest -q tests/test_compile.py tests/test_sync.py tests/test_conv_step.py tests/test_networks.py -k '$(TRACED)'
 	FRACTAL_BUILD=cuda .venv-cuda/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --force-reinstall --no-deps .

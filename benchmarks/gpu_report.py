@@ -39,8 +39,8 @@ COUNTS = {
 
 
 OLD_EAGER = (
-    "Eager was slower here than it has to be: its joins left channels_last, were float32 under autocast, and copied an "
-    "index from the host, as public code does. The baseline has none of this any more, and is not yet measured so."
+    "Against eager these figures are too good: its joins left channels_last, were float32 under autocast, and copied "
+    "an index from the host, as in public code. The baseline has none of this any more, and is not yet measured so."
 )
 
 
@@ -180,6 +180,18 @@ def step_rate(row: Row) -> float | None:
 
 STEP = ("net", "batch", "precision", "drop-path", "ours", "vs eager", "vs best torch.compile", "Triton", "ungraphed")
 STEP += ("peak memory", "saved for backward")
+STEP_WORDS = (  # what the columns that have figures need to be read
+    ("ours", "Training steps as CUDA graphs on the CUDA kernels; ratios say how many times as long others take."),
+    ("vs best torch.compile", "The best torch.compile is the fastest of its modes."),
+    ("Triton", "Triton: ours on those kernels."),
+    ("drop-path", "Under the mixture half of our steps run one column alone; the others run everything and mask."),
+    ("precision", "fp32 is without TF32."),
+    (
+        "peak memory",
+        "Memory: without a graph, the most over all paths at any time, and what a forward pass with nothing dropped "
+        "keeps.",
+    ),
+)
 
 
 def step_cells(row: Row) -> tuple[str, ...]:
@@ -322,21 +334,18 @@ def markdown(result: dict[str, Any], name: str) -> str:
     """What stands between the README's markers for one GPU; `name`: what its files are called."""
     groups, parts = checked(result), []
     if steps := groups["gpu_step"]:
-        parts += [
-            "Training steps as CUDA graphs on the CUDA kernels. A ratio says how many times as long as ours; the best "
-            "torch.compile is the fastest of its modes; Triton: ours on those kernels. Under the mixture half of the "
-            "steps of ours run one column alone; the others run everything and mask. fp32 is without TF32. Memory: "
-            "without a graph, the most over all paths at any time, and what a forward pass with nothing dropped keeps.",
-            markdown_table([STEP, *map(step_cells, steps)], 4),
-        ]
+        cells = list(map(step_cells, steps))
+        legend = [words for title, words in STEP_WORDS if any(line[STEP.index(title)] != "–" for line in cells)]
+        parts.append(" ".join(legend))
         if any("eager" in row["ratios"] and "eager" not in row["extra"] for row in steps):
             parts.append(OLD_EAGER)
+        parts.append(markdown_table([STEP, *cells], 4))
     kernels = [row for row in groups["gpu"] if row["case"]["layout"] == "nhwc" and row["case"]["dtype"] != "fp16"]
     if kernels:
         parts += [
-            "Kernels and functions in channels_last: bytes moved per second of the device's time, and as a share of a "
-            "copy of as many bytes, of which half are written (of stats and reduce, none); and how many times as long "
-            "torch.compile takes, where it was measured.",
+            "Kernels and functions in channels_last: bytes moved per second of the device's time, and as a share of "
+            "what a copy of as many bytes reaches on it. stats and reduce write next to nothing, so they can be faster "
+            "than a copy. Where torch.compile was measured, how many times as long it takes.",
             markdown_table(kernel_table(kernels), 2),
         ]
     if memory := groups["gpu_memory"]:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from . import compiling
+
 __all__ = ["BackendUnavailable", "available_backends", "use_backend"]
 
 # In the order in which automatic tries them. On an H100 the two for a GPU move about as many bytes a second in
@@ -109,15 +111,15 @@ class _Compiled:
         self.join_backward_apply = ops.join_backward_apply.default
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace the module
+@compiling.assume_constant_result  # the compiler cannot trace the module
 def _problem(index: int | None) -> str:
     """Why the compiled CUDA kernels do not run on a device; nothing of a device that is not there."""
+    if index in _good:
+        return ""
     module = extension("cuda")[0]
     if module is None or not torch.cuda.is_available():
         return ""
     index = torch.cuda.current_device() if index is None else index
-    if index in _good:
-        return ""
     problem = str(module.problem(index))
     if not problem:  # one that there is may pass
         _good.add(index)
@@ -159,12 +161,12 @@ def _finds_c_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
-@torch.compiler.assume_constant_result
+@compiling.assume_constant_result
 def _has_c_compiler() -> bool:
     return _finds_c_compiler()
 
 
-@torch.compiler.assume_constant_result
+@compiling.assume_constant_result
 def _chooses_triton(index: int | None) -> bool:
     """Whether automatic takes Triton: on NVIDIA's devices from sm_80 on."""
     if _interpreted or torch.version.hip is not None or not torch.cuda.is_available():

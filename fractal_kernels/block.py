@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, reference, sync
+from . import backends, checks, compiling, reference, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
@@ -138,7 +138,7 @@ class _Block(torch.autograd.Function):
         )
 
 
-@torch.compiler.assume_constant_result
+@compiling.assume_constant_result
 def _widths(rows: int) -> tuple[int, ...]:
     """How many columns start at each row."""
     return tuple(len(row) for row in schedule(rows.bit_length()).starts)

@@ -30,8 +30,6 @@ class MeanJoin(nn.Module):
         0.5
     """
 
-    pool: str | None = None  # of modules pickled before there was one
-
     def __init__(self, pool: str | None = None) -> None:
         super().__init__()
         checks.join_options("MeanJoin", "mean", "none", pool, "all")
@@ -57,8 +55,6 @@ class DropPathJoin(nn.Module):
         >>> DropPathJoin(0.15)([torch.ones(1, 2, 3, 3)] * 3).mean().item()
         1.0
     """
-
-    pool: str | None = None  # as above
 
     def __init__(self, p: float, granularity: str = "batch", pool: str | None = None) -> None:
         super().__init__()
@@ -153,7 +149,9 @@ class ConvBNReLU(nn.Module):
     """:func:`conv_bn_relu` as a module, with the sub-modules ``conv`` and ``bn``, a :class:`BatchNormReLU2d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: of ``torch.nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: of ``torch.nn.Conv2d``.
+        padding: of ``torch.nn.Conv2d``; None: half of what the kernel reaches over, dilation * (kernel_size - 1) // 2,
+            which at stride 1 keeps the size of the image where the kernel's is odd.
         eps, momentum, affine, track_running_stats, device, dtype: of ``torch.nn.BatchNorm2d``.
         recompute: of a chain of these modules keep one tensor a step for backward instead of two: an input that a fused
             batch norm returned is computed again, as in :func:`recomputed`.
@@ -166,10 +164,10 @@ class ConvBNReLU(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int = 1,
-        dilation: int = 1,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
         *,
@@ -183,6 +181,10 @@ class ConvBNReLU(nn.Module):
     ) -> None:
         super().__init__()
         made: dict[str, Any] = {"device": device, "dtype": dtype}
+        if padding is None:
+            size = checks.pair("ConvBNReLU", "kernel_size", kernel_size, 1)
+            step = checks.pair("ConvBNReLU", "dilation", dilation, 1)
+            padding = (step[0] * (size[0] - 1) // 2, step[1] * (size[1] - 1) // 2)
         self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
         self.conv.recompute = recompute
         self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats, **made)

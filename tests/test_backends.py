@@ -183,6 +183,13 @@ def test_import_is_quiet():
 
 # --- instruction sets --------------------------------------------------------------------------
 
+
+def test_importing_brings_no_compiler():
+    """It takes longer than everything else that an import does."""
+    done = python("import sys, fractal_kernels; print(*({'torch._dynamo', 'triton', 'sympy'} & set(sys.modules)))")
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
 ISA_CHECK = """
 import sys
 sys.path.insert(0, sys.argv[1])

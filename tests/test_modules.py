@@ -52,7 +52,6 @@ def test_mean_join(backend):
         torch.testing.assert_close(DropPathJoin(0.0, pool="after")(ys), pooled)
         assert DropPathJoin(0.5, pool="before")(ys).shape == pooled.shape
         for module in (MeanJoin(), DropPathJoin(0.5)):
-            del module.__dict__["pool"]  # as in files of before
             assert pickle.loads(pickle.dumps(module))(ys).shape == ys[0].shape and repr(module)
 
 
@@ -69,6 +68,15 @@ def test_conv_bn_relu(options, backend):
     assert list(fused.state_dict()) == list(eager.state_dict())
     with use_backend(backend):
         assert_same(fused, eager, torch.randn(3, 4, 6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kernel_size": 1}, {"kernel_size": (5, 3)}, {"kernel_size": 3, "dilation": 2}]
+)
+def test_conv_bn_relu_keeps_the_size(options):
+    assert ConvBNReLU(3, 8, **options)(torch.randn(2, 3, 9, 8)).shape == (2, 8, 9, 8)
+    with pytest.raises(TypeError, match="ConvBNReLU: expected kernel_size to be an int or a pair of ints, got str"):
+        ConvBNReLU(3, 8, **options | {"kernel_size": "3"})
 
 
 class EagerJoin(nn.Module):

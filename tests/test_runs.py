@@ -312,6 +312,6 @@ def test_anytime_in_parts(monkeypatch):
     for size in (500, 3):
         for module in (evaluate, anytime):
             monkeypatch.setattr(module, "CHUNK", size)
-        rows = [*evaluate.anytime(net, x, y, rounds=1), *anytime.measure(net, x, y)]
+        rows = [*anytime.answers(net, x, y, rounds=1), *anytime.exits(net, x, y)]
         found.append([(r.get("name"), r["accuracy"], round(r["loss"], 4), r.get("shares")) for r in rows])
     assert found[0] == found[1] and len(found[0]) == 2 + 3 + len(anytime.CONFIDENCES)

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,21 @@ esac
 
 
 # --- what is built -------------------------------------------------------------------------------
+
+
+def test_source_distribution(tmp_path):
+    """Whoever builds from it has what the checkout has."""
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=left_out)
+    code = f"import setuptools.build_meta; setuptools.build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree", capture_output=True, check=True, timeout=120)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    folders = "csrc", "fractal_kernels", "python", "tests", "benchmarks", "docs", "examples"
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
+    files += [ROOT / name for name in ("Makefile", "constraints.txt", "setup.py", "README.md", "LICENSE")]
+    wanted = {str(f.relative_to(ROOT)) for f in files if f.suffix not in (".so", ".pyc") and ".egg-info" not in str(f)}
+    assert len(wanted) > 200 and wanted - held == set()
 
 
 def test_unknown_mode(tmp_path):

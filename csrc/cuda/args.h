@@ -13,8 +13,8 @@ struct Walk {
   int n, h, w;
 };
 
-// A tensor: strides in elements, 0 where there is one of a kind. Those of pixels have 32 bits, and a product of 32 bits
-// by 32 is one instruction.
+// A tensor: strides in elements. Those of pixels have 32 bits, and a product of 32 bits by 32 is one instruction; where
+// there is one row or one column they are 0.
 struct Strided {
   void* data;
   int64_t n, c;

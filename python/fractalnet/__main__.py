@@ -96,10 +96,10 @@ def run_anytime(arguments: argparse.Namespace) -> None:
     split, device = trained.split(content, arguments.root), "cuda" if torch.cuda.is_available() else "cpu"
     x, y = split.test_x.to(device), split.test_y.to(device)
     model.to(device)
-    print(evaluate.anytime_table(evaluate.anytime(model, x, y), len(y)))
+    print(anytime.answers_table(anytime.answers(model, x, y), len(y)))
     with folder_for(arguments.out) if arguments.out else contextlib.nullcontext():
-        rows = anytime.measure(model, x, y)
-        print(f"\n{anytime.table(rows, len(y))}")
+        rows = anytime.exits(model, x, y)
+        print(f"\n{anytime.exits_table(rows, len(y))}")
         if arguments.out:
             require("matplotlib")
             found = {"images": len(y), **study.machine(), "rows": rows}

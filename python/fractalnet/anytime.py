@@ -1,8 +1,9 @@
-"""Accuracy against time: what early exit gains over the columns by themselves."""
+"""Accuracy against time: the answers as they come, and what early exit gains over the columns by themselves."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +15,44 @@ from .early_exit import early_exit
 from .evaluate import CHUNK, alternate, contenders, grid, score
 from .model import FractalNet
 
-__all__ = ["CONFIDENCES", "measure", "table"]
+__all__ = ["CONFIDENCES", "answers", "answers_table", "exits", "exits_table"]
 
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
 @torch.no_grad()
-def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
+def answers(model: FractalNet, x: Tensor, y: Tensor, rounds: int = 5) -> list[dict[str, Any]]:
+    """Per answer of `model.anytime`: its accuracy, and the median time until it is there, for all of x, in parts."""
+    model.eval()
+    found: dict[int, list[Tensor]] = {column: [] for column in range(model.columns)}
+    elapsed: dict[int, list[float]] = {column: [] for column in found}
+    for i in range(-2, rounds):
+        taken = dict.fromkeys(found, 0.0)
+        for part in x.split(CHUNK):
+            start = time.perf_counter()
+            for column, _, logits in model.anytime(part):
+                if logits.is_cuda:
+                    torch.cuda.synchronize()
+                taken[column] += 1e3 * (time.perf_counter() - start)
+                if i == -2:
+                    found[column].append(logits)
+        for column in found if i >= 0 else ():
+            elapsed[column].append(taken[column])
+    return [
+        {"column": c, "depth": model.depth(c), **score(torch.cat(logits), y), "ms": statistics.median(elapsed[c])}
+        for c, logits in found.items()
+    ]
+
+
+def answers_table(rows: Sequence[dict[str, Any]], images: int) -> str:
+    """What `answers` found, to be read."""
+    head = ["answer of", "depth (convs)", "hold-out accuracy", f"ms after the start, {images} images"]
+    lines = [[f"column {r['column']}", str(r["depth"]), f"{r['accuracy']:.2%}", f"{r['ms']:.1f}"] for r in rows]
+    return grid([head, *lines])
+
+
+@torch.no_grad()
+def exits(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     """Accuracy and time of early exit at several confidences, beside the full network's and each column's own.
 
     Per row: ``name``, ``confidence`` (None: the full network or a ``column`` itself), ``accuracy``, ``loss``, ``ms``
@@ -52,8 +84,8 @@ def measure(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     return [row | {"ms": statistics.median(times[row["name"]])} for row in rows]
 
 
-def table(rows: Sequence[dict[str, Any]], images: int) -> str:
-    """What `measure` found, to be read."""
+def exits_table(rows: Sequence[dict[str, Any]], images: int) -> str:
+    """What `exits` found, to be read."""
     head = ["answer of", "hold-out accuracy", f"ms, {images} images", "answered by columns 0, 1, ..."]
     lines = []
     for row in rows:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fractal_kernels import backends, bn_relu_join, masked_mean_join, recomputed, sync
+from fractal_kernels import backends, bn_relu_join, compiling, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
 from fractal_kernels.schedule import Unit, plan
 
@@ -201,7 +201,7 @@ class ComposedBlock(Block):
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)
 
-    _uncompiled = torch.compiler.disable(_run)  # which units run is the host's to read from keep
+    _uncompiled = compiling.disable(_run)  # which units run is the host's to read from keep
 
     def _check(self, x: Tensor, keep: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or (self.pool is not None and min(x.shape[2:]) < 2):

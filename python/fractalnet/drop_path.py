@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fractal_kernels import compiling
 from fractal_kernels.schedule import schedule
 
 __all__ = ["MIXTURES", "Path", "Rate", "column_path", "full_path", "generator_for", "rate", "sample_path", "tied_loss"]
@@ -26,8 +27,8 @@ class Path:
     """Which branches the joins of a network keep.
 
     Attributes:
-        keep: bool, [B, R, C] on the CPU (a path for the batch) or [B, R, C, N] (one per sample): whether column c is
-            kept in the join of row r of block b.
+        keep: bool, [B, R, C] (a path for the batch) or [B, R, C, N] (one per sample), on the CPU, or for a dense
+            execution on the network's device: whether column c is kept in the join of row r of block b.
         column: the column that runs alone (global drop-path), or None.
         alone: ``column is not None`` as a 0-dim integer tensor: it selects the set of running statistics as data, so
             that a compiled step is one graph.
@@ -56,7 +57,7 @@ class Path:
         return f"Path(keep={list(self.keep.shape)}, column={self.column})"
 
 
-@torch.compiler.assume_constant_result  # it would trace through what is cached, and warn
+@compiling.assume_constant_result  # it would trace through what is cached, and warn
 def _ends(columns: int) -> Tensor:
     return _made_once(columns)
 

@@ -21,7 +21,7 @@ from .zoo import create, resolved
 if TYPE_CHECKING:
     from .train import Run
 
-__all__ = ["anytime", "anytime_table", "build", "compare_steps", "measure", "scores", "step_table", "table"]
+__all__ = ["build", "compare_steps", "measure", "scores", "step_table", "table"]
 
 Network = FractalNet | PlainNet
 CHUNK = 500  # images at a time where only the result matters
@@ -157,37 +157,6 @@ def table(columns: Sequence[dict[str, Any]]) -> str:
         for c in columns
     ]
     return grid([head, *rows])
-
-
-@torch.no_grad()
-def anytime(model: FractalNet, x: Tensor, y: Tensor, rounds: int = 5) -> list[dict[str, Any]]:
-    """Per answer of `model.anytime`: its accuracy, and the median time until it is there, for all of x, in parts."""
-    model.eval()
-    answers: dict[int, list[Tensor]] = {column: [] for column in range(model.columns)}
-    elapsed: dict[int, list[float]] = {column: [] for column in answers}
-    for i in range(-2, rounds):
-        taken = dict.fromkeys(answers, 0.0)
-        for part in x.split(CHUNK):
-            start = time.perf_counter()
-            for column, _, logits in model.anytime(part):
-                if logits.is_cuda:
-                    torch.cuda.synchronize()
-                taken[column] += 1e3 * (time.perf_counter() - start)
-                if i == -2:
-                    answers[column].append(logits)
-        for column in answers if i >= 0 else ():
-            elapsed[column].append(taken[column])
-    return [
-        {"column": c, "depth": model.depth(c), **score(torch.cat(logits), y), "ms": statistics.median(elapsed[c])}
-        for c, logits in answers.items()
-    ]
-
-
-def anytime_table(rows: Sequence[dict[str, Any]], images: int) -> str:
-    """What `anytime` found, to be read."""
-    head = ["answer of", "depth (convs)", "hold-out accuracy", f"ms after the start, {images} images"]
-    lines = [[f"column {r['column']}", str(r["depth"]), f"{r['accuracy']:.2%}", f"{r['ms']:.1f}"] for r in rows]
-    return grid([head, *lines])
 
 
 # --- training steps against eager ------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fractal_kernels import sync_batch_norm
+from fractal_kernels import compiling, sync_batch_norm
 from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import drop_path, export
@@ -199,7 +199,7 @@ class FractalNet(nn.Module, Hub):
         stem = not isinstance(self.stem, nn.Identity)
         return len(self.blocks) * 2 ** (self.columns - 1 if column is None else column) + stem
 
-    @torch.compiler.disable
+    @compiling.disable
     def sample_path(self, batch_size: int, generator: torch.Generator | None = None) -> Path:
         """The next path of the drop-path mixture, drawn on the CPU.
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,10 @@ def facts(data: Data, augment: Augment, images: sources.Dataset) -> dict[str, An
 
 def for_users(content: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint, what a network's user has to know: the classes' names, and how images were normalised,
-    (x / scale - mean) / std. Files of before do not say all of it."""
+    (x / scale - mean) / std."""
     known = content["data"]
-    said = {name: known[name] for name in ("classes", "scale", "mean") if name in known}
-    return said | {"std": known["std"] if known["normalise"] == "std" else [1.0] * len(known["mean"])}
+    std = known["std"] if known["normalise"] == "std" else [1.0] * len(known["mean"])
+    return {name: known[name] for name in ("classes", "scale", "mean")} | {"std": std}
 
 
 def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Dataset, Augment]:
@@ -67,9 +68,9 @@ def images_of(content: dict[str, Any], root: Path | None) -> tuple[sources.Datas
     known = content["data"]
     own = known["root"] and Path(known["root"])
     data = sources.load(known["source"], root or own, known["image_size"])
-    if known.get("channels", data.channels) != data.channels:  # files of before do not say it
+    if known["channels"] != data.channels:
         raise UserError(f"data {data.name}: expected {known['channels']} channels, got {data.channels}")
-    classes, got = known.get("classes", list(data.classes)), list(data.classes)
+    classes, got = known["classes"], list(data.classes)
     if len(classes) != len(got):
         raise UserError(f"data {data.name}: expected the {len(classes)} classes of the training, got {len(got)}")
     for i, (a, b) in enumerate(zip(classes, got, strict=True)):
@@ -123,6 +124,7 @@ def unpack(path: Path) -> tuple[Network, dict[str, Any]]:
         model = build(content["network"], what)
         model.load_state_dict(content["state"])
         known = content["recipe"], content["data"]["source"], content["data"]["normalise"]
+        itemgetter("root", "image_size", "classes", "channels", "scale", "mean", "std")(content["data"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{what}: its content does not fit ({type(error).__name__}: {reason})") from error

@@ -100,13 +100,10 @@ def load(path: str | Path) -> FractalNet | PlainNet:
     Args:
         path: what ``python -m fractalnet train`` has written.
     Raises:
-        ImportError: without the extra ``train``. fractalnet.files.UserError: the file is missing, damaged, or not of a
-        training.
+        fractalnet.files.UserError: the file is missing, damaged, or not of a training.
     Example:
         >>> load("runs/digits/model.pt")(images)  # doctest: +SKIP
     """
-    try:
-        from .trained import unpack
-    except ImportError as error:
-        raise ImportError(f"load: missing {error.name}; pip install fractal-kernels[train]") from error
+    from .trained import unpack
+
     return unpack(Path(path))[0]

@@ -1,0 +1,23 @@
+"""What ``torch.compiler`` says of functions, without importing the compiler, which takes seconds: ``import
+fractal_kernels`` would, where nothing is ever compiled too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["assume_constant_result", "disable"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: F) -> F:
+    """``torch.compiler.assume_constant_result``: the attribute that it sets."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# ``torch.compiler.disable``, as PyTorch's own optimizers have it: the compiler is imported by the first call.
+disable: Callable[[F], F] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
