@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _pixels(t: Tensor) -> int:
-    return t[0, 0].numel() if t.shape[0] and t.shape[1] else 0
+    return prod(t.shape[2:]) if t.shape[0] and t.shape[1] else 0  # t[0, 0].numel() takes ten times as long
 
 
 def _ceil(a: int, b: int) -> int:

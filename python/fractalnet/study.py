@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -172,10 +173,6 @@ def quiet() -> float:
     return 0.5 if sys.stderr.isatty() else 30
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def depth_table(runs: Sequence[dict[str, Any]]) -> str:
     """What `depth` found, to be read: means over the seeds."""
     head = ["", "depth", "parameters", "training loss", "hold-out accuracy", "CPU seconds"]
@@ -189,12 +186,12 @@ def depth_table(runs: Sequence[dict[str, Any]]) -> str:
             names.append(f"column {count - 1}")
         for name in names:
             label = plots.KINDS[kind][1] + (", deepest column alone" if name.startswith("column") else "")
-            loss = mean([run["history"][-1]["losses"][name] for run in group])
+            loss = fmean([run["history"][-1]["losses"][name] for run in group])
             accuracies = [run["holdout"][name]["accuracy"] for run in group]
             spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(group) > 1 else ""
-            figures = [f"{group[0]['parameters']:,}", f"{loss:.3f}", f"{mean(accuracies):.1%}{spread}"]
+            figures = [f"{group[0]['parameters']:,}", f"{loss:.3f}", f"{fmean(accuracies):.1%}{spread}"]
             lines.append(
-                [label, str(group[0]["depth"]), *figures, f"{mean([run['cpu_seconds'] for run in group]):.0f}"]
+                [label, str(group[0]["depth"]), *figures, f"{fmean([run['cpu_seconds'] for run in group]):.0f}"]
             )
     return evaluate.grid([head, *lines])
 
@@ -257,8 +254,8 @@ def statistics_table(runs: Sequence[dict[str, Any]]) -> str:
         cells = [name]
         for who in ("full", "deepest column"):
             accuracies, all_losses = ([run["scores"][name][who][key] for run in runs] for key in ("accuracy", "loss"))
-            cells.append(f"{mean(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})")
-            cells.append(f"{mean(all_losses):.4f}")
+            cells.append(f"{fmean(accuracies):.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})")
+            cells.append(f"{fmean(all_losses):.4f}")
         lines.append(cells)
     return evaluate.grid([head, *lines])
 
