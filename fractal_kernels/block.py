@@ -23,7 +23,7 @@ _OPS = torch.ops.fractal_kernels
 
 class BlockOutput(NamedTuple):
     """``out``; and in training per unit: ``counts`` [U], the number of values that its statistics ran over (0: it is
-    dead), their ``mean`` and biased ``var`` [U, K] (0 where dead)."""
+    dead), their ``mean`` and biased ``var`` [U, K] (0 where dead, unless it ran all the same: ``dense``)."""
 
     out: Tensor
     counts: Tensor
@@ -248,6 +248,8 @@ def fractal_block(
         raise ValueError(f"{op}: expected path on the CPU, or with dense=True on {x.device}, got {path.device}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout!r}")
+    if not isinstance(dense, bool):
+        raise TypeError(f"{op}: expected dense True or False, got {dense!r}")
     checks.choice(op, "pool", pool, [None, "before", "after"])
     checks.choice(op, "stats", stats, ["all", "live"])
     synchronised = sync.name_of(op, group) if mean is None else ""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .library import empty
 
 __all__ = ["computes", "conv", "conv_backward", "fits"]
 
@@ -49,7 +50,7 @@ def _pixels(x: Tensor) -> int:
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:
-    y = x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).permute(0, 3, 1, 2)
+    y = empty((x.shape[0], weight.shape[0], *x.shape[2:]), x, True)
     _OPS.conv3x3.default(y, x, weight, False)
     return y
 
@@ -66,6 +67,6 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweigh
             grad, x, weight, None, one, one, one, False, none, 1, [True, False, False]
         )[0]
         return of_x
-    dx = x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).permute(0, 3, 1, 2)
+    dx = empty(x.shape, x, True)
     _OPS.conv3x3.default(dx, grad, weight, True)
     return dx

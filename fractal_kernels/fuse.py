@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -45,8 +47,9 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks see, and may change, its output or gradients."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether hooks, or a ``forward`` of its own, see and may change its output or gradients."""
+    hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def _is_relu(module: nn.Module | None) -> bool:
@@ -116,22 +119,31 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     return FuseReport(fused, skipped)
 
 
+def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What holds the attributes of a module: its dictionary, and lists, dictionaries and sets in it."""
+    if isinstance(value, (list, dict, set, deque)) and id(value) not in seen:
+        seen.add(id(value))
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _containers(inner, seen)
+
+
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """A trace runs ``forward``: modes, assigned attributes, buffers and PyTorch's random numbers are put back."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
     modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
-    held = [d for m in modules for d in (vars(m), m._parameters, m._buffers, m._modules)]
-    before = [dict(d) for d in held]
+    held = [c for m in modules for c in _containers(vars(m), set())]
+    before = [copy.copy(c) for c in held]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        for d, values in zip(held, before, strict=True):
-            d.clear()
-            d.update(values)
+        for container, values in zip(held, before, strict=True):
+            container.clear()
+            container.extend(values) if isinstance(container, (list, deque)) else container.update(values)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
@@ -158,7 +170,12 @@ def _pairs_of_all_calls(model: nn.Module, modules: dict[str, nn.Module]) -> list
                     found.append(_traced_pairs(model, modules, defaults))
     other = "it is used in another way in training than in evaluation, or without optional arguments"
     every = {pair[1]: pair for pairs in reversed(found) for pair in pairs}
-    return [pair if all(pair in pairs for pairs in found) else (*pair[:3], other) for pair in every.values()]
+    pairs = [pair if all(pair in pairs for pairs in found) else (*pair[:3], other) for pair in every.values()]
+    # A ReLU goes away for all that it is applied to, in every trace.
+    kept = {relu for traced in found for _, bn, relu, _ in traced if every[bn][2] != relu}
+    kept |= {relu for _, _, relu, problem in pairs if problem}
+    shared = "its ReLU module is used elsewhere too"
+    return [pair if pair[3] or pair[2] not in kept else (*pair[:3], shared) for pair in pairs]
 
 
 def _traced_pairs(
@@ -201,7 +218,8 @@ def _traced_pairs(
 def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
     pairs = []
     for name, module in modules.items():
-        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        own = getattr(module.forward, "__func__", None) is not nn.Sequential.forward  # a class's, or an object's
+        if not isinstance(module, nn.Sequential) or own:
             continue
         children = [(child, m) for child, m in module._modules.items() if m is not None]  # repeats too
         prefix = f"{name}." if name else ""

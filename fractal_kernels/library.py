@@ -98,7 +98,10 @@ def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
             return torch.empty_like(like)  # the same, in a third of the time
     if not channels_last:
         return like.new_empty(shape)
-    return like.new_empty((shape[0], *shape[2:], shape[1])).permute(0, -1, *range(1, len(shape) - 1))
+    strides, step = [1] * len(shape), shape[1]
+    for d in (*range(len(shape) - 1, 1, -1), 0):
+        strides[d], step = step, step * shape[d]
+    return like.new_empty_strided(shape, strides)  # a permuted view could not be changed in place
 
 
 def pooled(shape: Sequence[int]) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .library import empty
+
 __all__ = ["conv", "conv_backward", "fits"]
 
 
@@ -46,12 +48,12 @@ def _products(channels: int) -> Iterator[tuple[int, int, slice, slice]]:
 def conv(x: Tensor, weight: Tensor) -> Tensor:
     n, o, i = x.shape[0], weight.shape[0], x.shape[1]
     a, b = _flat(x), _flat(weight)
-    y = x.new_empty((n, 2, 2, o))
-    out = y.view(n, 4 * o)
+    y = empty((n, o, 2, 2), x, True)
+    out = _flat(y)
     for pixel, row, columns, taps in _products(i):
         target = out[:, pixel * o : (pixel + 1) * o]
         torch.addmm(target, a[:, columns], b[:, taps].t(), beta=row, out=target)
-    return y.permute(0, 3, 1, 2)
+    return y
 
 
 def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweight: Tensor | None) -> Tensor | None:
@@ -60,13 +62,13 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweigh
         _gradient_of_weight(grad, x, dweight)
     if not needs_x:
         return None
-    n, o, i = x.shape[0], weight.shape[0], x.shape[1]
+    o, i = weight.shape[:2]
     g, b = _flat(grad), _flat(weight)
-    dx = x.new_zeros((n, 2, 2, i))
-    out = dx.view(n, 4 * i)
+    dx = empty(x.shape, x, True).zero_()
+    out = _flat(dx)
     for pixel, _, columns, taps in _products(i):
         out[:, columns].addmm_(g[:, pixel * o : (pixel + 1) * o], b[:, taps])
-    return dx.permute(0, 3, 1, 2)
+    return dx
 
 
 def _gradient_of_weight(grad: Tensor, x: Tensor, dweight: Tensor) -> None:

@@ -371,3 +371,11 @@ def test_opcheck():
     torch.library.opcheck(
         backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
     )
+
+
+def test_float64_is_none_of_autocasts_business():
+    net = fractalnet.FractalNet(10, 2, (8,), image_size=8).double().eval()
+    x, path = torch.randn(2, 3, 8, 8, dtype=torch.float64), full_path(1, 2)
+    expected = net.blocks[0](x, path.keep[0], path.alone)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.blocks[0](x, path.keep[0], path.alone), expected)

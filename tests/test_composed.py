@@ -294,3 +294,20 @@ def test_an_empty_batch_is_no_step():
         net = FractalNet(5, 2, (4,), image_size=8, activation=activation)
         assert net(torch.randn(0, 3, 8, 8), path=full_path(1, 2)).shape == (0, 5)
         assert bool((net.blocks[0].num_batches_tracked == 0).all())
+
+
+def test_initial_weights_are_of_their_own_fans():
+    block = ComposedBlock(16, (32, 16), kernel_mix=0.5)
+    block.init_weights("xavier")
+    for weight in (*block.weights, *block.weights_1x1.values(), *block.projections.values()):
+        out, size, _, inside = weight.shape
+        bound = (6 / (size * size * (inside + out))) ** 0.5
+        assert 0.95 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("pool, size", [("before", 4), ("after", 4), ("average", 4), (None, 8)])
+def test_where_nothing_is_kept(pool, size):
+    block = ComposedBlock(3, (4, 4), activation="silu", pool=pool)
+    block.init_weights("he")
+    nothing = torch.zeros(2, 2, 5, dtype=torch.bool)
+    assert block(torch.randn(5, 3, 8, 8), nothing, torch.tensor(0)).shape == (5, 4, size, size)

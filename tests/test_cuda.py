@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_code
 import pytest
@@ -280,6 +281,19 @@ def test_problem_of_the_device(monkeypatch):
     assert backends.why_not("cuda", torch.device("cuda", 2)) == ""
     assert "cuda" not in available_backends() and "reference" in available_backends()
     assert "the inputs are on cpu" in backends.why_not("cuda", torch.device("cpu"))
+
+
+@outside
+def test_a_problem_may_pass(monkeypatch):
+    """It is asked for again until there is none."""
+    said = ["out of memory"]
+    monkeypatch.setattr(backends, "_cuda", (SimpleNamespace(problem=lambda index: said[0]), ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_good", set())
+    for _ in range(2):
+        assert backends.why_not("cuda", torch.device("cuda", 1)) == "out of memory"
+    said[0] = ""
+    assert backends.why_not("cuda", torch.device("cuda", 1)) == ""
 
 
 @outside

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 Image = pytest.importorskip("PIL.Image")
 datasets = pytest.importorskip("datasets")
 
-from fractalnet import sources  # noqa: E402
+from fractalnet import sources, trained  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 from fractalnet.formats import Files, Images  # noqa: E402
 from image_files import damaged_jpeg, encoded, expected, pixels, write_folder, write_parquet  # noqa: E402
@@ -225,3 +225,22 @@ def test_fingerprint_of_files(tmp_path):
     second = load()
     file.rename(file.with_name("5.png"))
     assert len({first, second, load()}) == 3
+
+
+def test_the_training_says_how_images_are_normalised(tmp_path):
+    """And --root where they are, before what the training said."""
+    write_folder(tmp_path / "b")
+    known = {"source": f"folder:{tmp_path / 'gone'}", "root": str(tmp_path / "a"), "image_size": None, "channels": 3}
+    known |= {"mean": [0.1] * 3, "std": [0.5] * 3, "normalise": "std", "classes": ["cat", "dog"]}
+    data, augment = trained.images_of({"data": known}, tmp_path / "b")
+    assert len(data.train) and list(augment.mean) == [0.1] * 3 and list(augment.std) == [0.5] * 3
+
+
+def test_the_sample_of_which_statistics_are_is_always_the_same(tmp_path, monkeypatch):
+    write_folder(tmp_path, size=(8, 12), count=5)
+    monkeypatch.setattr(sources, "SAMPLE", 3)
+    found = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found.add(sources.load(f"folder:{tmp_path}", image_size=8).mean)
+    assert len(found) == 1

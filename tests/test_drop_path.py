@@ -189,3 +189,9 @@ def test_two_ranks(tmp_path, granularity):
 def test_a_column_path_is_global():
     path = column_path(2, 3, 1)
     assert path.column == 1 and int(path.alone) == 1
+
+
+def test_tied_steps_are_never_of_one_column():
+    """Whatever global_ratio says: every column runs in each of them, beside the full network."""
+    net = fractalnet.FractalNet(7, 3, (4,), image_size=8, global_mode="tied", global_ratio=1.0)
+    assert all(net.sample_path(4).column is None for _ in range(20))

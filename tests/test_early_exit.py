@@ -85,12 +85,19 @@ def test_errors():
 
 def test_half_precision():
     """A probability that bfloat16 would round to 1 does not count as sure."""
-    net, x = network()
-    net, x = net.bfloat16(), x.bfloat16()
-    logits = torch.cat([net(x, column=0)])
-    result = net.early_exit(x, 1.0)
-    sure = logits.float().softmax(1).amax(1) >= 1
-    assert torch.equal(result.column == 0, sure) and result.logits.dtype == torch.bfloat16
+    net, x = FractalNet(4, 3, (4, 6), image_size=8).eval().bfloat16(), torch.randn(24, 3, 8, 8).bfloat16()
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.copy_(torch.tensor([8.0, 0, 0, 0]))  # a probability of 0.99899
+    assert net(x, column=0).softmax(1).amax() == 1
+    result = net.early_exit(x, 0.9995)
+    assert result.column.unique().tolist() == [2] and result.logits.dtype == torch.bfloat16
+
+
+def test_a_probability_of_the_threshold_is_sure():
+    net = FractalNet(4, 3, (4,), image_size=8).eval()
+    torch.nn.init.zeros_(net.head.weight)
+    assert net.early_exit(torch.randn(5, 3, 8, 8), 0.25).column.unique().tolist() == [0]
 
 
 def test_command(tmp_path, capsys, monkeypatch, packed):

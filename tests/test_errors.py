@@ -333,3 +333,16 @@ def test_block():
         Path(torch.ones(2, 2))
     with pytest.raises(TypeError, match=r"Path: expected keep to be a Tensor, got list"):
         Path([True])
+
+
+def test_momentum_elsewhere_and_eps_that_is_no_number():
+    x, mean, var = torch.randn(4, 3, 5, 5), torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="bn_relu: expected momentum on cpu, got meta"):
+        fk.bn_relu(x, None, None, mean, var, True, torch.tensor(0.1, device="meta"))
+    with pytest.raises(TypeError, match="bn_relu: expected eps to be a number, got bool"):
+        fk.bn_relu(x, None, None, None, None, True, eps=True)
+    with pytest.raises(ValueError, match="conv_bn_relu: expected x of at least 5 padded pixels .* padding valid"):
+        fk.conv_bn_relu(x[..., :4], torch.randn(2, 3, 3, 5), *[None] * 4, True, padding="valid")
+    path, weights = torch.ones(1, 1, dtype=torch.bool), [torch.randn(4, 3, 3, 3)]
+    with pytest.raises(TypeError, match="fractal_block: expected dense True or False, got 'x'"):
+        fk.fractal_block(x, weights, None, None, path, dense="x")

@@ -138,6 +138,13 @@ def test_plain_of_a_plain_network(options, fold):
     assert torch.equal(plain(x), expected)  # a copy
 
 
+def test_columns_keep_their_momentum(tmp_path):
+    net = FractalNet(**CONFIG, momentum=0.3)
+    export.save_column(net, 1, tmp_path / "column")
+    for column in (net.extract_column(1), export.load_column(tmp_path / "column")):
+        assert {m.momentum for m in column if isinstance(m, nn.BatchNorm2d)} == {0.3}
+
+
 # --- programs ----------------------------------------------------------------------------------------
 
 WHAT = [(None, True, "before_join"), (None, False, "after_join"), (1, True, "before_join"), (2, False, "before_join")]
@@ -153,6 +160,12 @@ def test_exported_program(tmp_path, column, fold, pool_order):
     for n in (1, 2, 5):
         x = images(n)
         assert relative(program.module()(x), net(x, column=column)) <= 1e-5
+
+
+def test_program_of_a_network_in_training():
+    net, x = trained().train(), images()
+    program = export.to_exported_program(net, column=0, fold=False).module()
+    assert relative(program(x), net.eval()(x, column=0)) <= 1e-5
 
 
 @pytest.mark.parametrize("column, fold, pool_order", WHAT)

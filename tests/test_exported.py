@@ -1,5 +1,7 @@
 """Programs that run without this package: ONNX files and TorchScript traces of models with our functions in them."""
 
+import subprocess
+import sys
 import warnings
 
 import cases
@@ -136,3 +138,13 @@ def test_composed_blocks():
         program = torch.jit.trace(net, x)
     assert not any(node.kind().startswith("fractal_kernels") for node in program.inlined_graph.nodes())
     torch.testing.assert_close(program(x), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_exporting_first_leaves_nothing_behind():
+    """In a process of its own, where nothing has been made once yet."""
+    code = (
+        "import torch, fractalnet; net = fractalnet.create('fractal_c2').eval(); x = torch.randn(2, 3, 32, 32); "
+        "torch.export.export(net, (x,)); print(type(net(x)).__name__, type(net.train()(x)).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "Tensor Tensor\n", done.stderr[-2000:]

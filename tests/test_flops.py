@@ -8,6 +8,7 @@ import sys
 import fractalnet
 import pytest
 import torch
+from fractalnet.drop_path import full_path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,3 +70,15 @@ def test_column_step():
 def test_costs_nothing_at_import():
     code = "import sys, fractal_kernels.flops; sys.exit('torch.utils.flop_counter' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_statistics_over_all_samples_run_everything():
+    net = fractalnet.FractalNet(
+        10, 2, (16,), image_size=32, granularity="sample", local_drop=0.0, global_ratio=1.0, stats="all"
+    )
+    x, counts = torch.randn(128, 3, 32, 32), []
+    for path in (net.sample_path(128), full_path(1, 2)):
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, torch.no_grad():
+            net(x, path=path)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

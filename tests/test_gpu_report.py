@@ -171,3 +171,14 @@ def test_a_file_that_lacks_something_is_named(breaks, readme, capsys):
     assert report.main(["--check", "--results", str(folder)]) == 1
     said = capsys.readouterr().err
     assert "broken.json" in said and str(last) in said
+
+
+def test_rates_of_rows():
+    """Of the mixture a step's work is not the full path's; a pooled output is a quarter."""
+    row = {"extra": {"tflop": 0.5}, "case": {"drop_path": "mixture"}, "contenders": {"ours": {"figure": 2.0}}}
+    assert gpu_report.step_rate(row) is None
+    assert gpu_report.step_rate(row | {"case": {"drop_path": "off"}}) == 250.0
+    assert gpu_report.intensity(kernel("forward", "cuda", 0.5)) == pytest.approx(15 / 8)
+    assert gpu_report.intensity(kernel("reduce_pool", "cuda", 0.5)) == pytest.approx((3 * 8 + 0.25) / (3.25 * 2))
+    rows = [kernel("forward", "cuda", 0.95), kernel("forward", "cuda", 0.5, "fp16")]
+    assert "fp16" not in gpu_report.markdown(RESULT | {"rows": rows}, "name")

@@ -237,6 +237,14 @@ def test_files_that_do_not_fit(naming):
         assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())  # none is copied
 
 
+def test_counts_that_a_file_lacks_are_0():
+    a, b = (FractalNet(7, 2, (4,), image_size=8, pool_order="after_join") for _ in range(2))
+    state = {k: v for k, v in interchange.save(a, "pytorchcv").items() if not k.endswith("num_batches_tracked")}
+    b.blocks[0].num_batches_tracked.fill_(9)
+    interchange.load(b, state)
+    assert not b.blocks[0].num_batches_tracked.any()
+
+
 def test_what_is_another_function():
     state = CvNet(3).double().state_dict()
     for options, words in (
@@ -250,6 +258,9 @@ def test_what_is_another_function():
     for options in ({"pool": "avg"}, {"last_pool": False}):
         with pytest.raises(ValueError, match=f"save: expected model with max-pools .*, got {next(iter(options))}="):
             interchange.save(ours(**options), "pytorchcv")
+    with pytest.raises(ValueError, match="save: expected model without a stem"):
+        net = FractalNet(7, 2, (4,), image_size=32, stem="resnet", pool_order="after_join")
+        interchange.save(net, "pytorchcv")
     with pytest.raises(TypeError, match="save: expected model a FractalNet, got Linear"):
         interchange.save(torch.nn.Linear(1, 1), "pytorchcv")
     with pytest.raises(ValueError, match="expected a tensor, got str"):

@@ -263,3 +263,9 @@ def test_activation_checkpointing(reentrant):
             out.square().sum().backward()
             found.append([p.grad.clone() for p in net.parameters()])
         assert all(map(torch.equal, *found))
+
+
+def test_another_classifier_is_in_the_networks_mode():
+    net = fractalnet.FractalNet(10, 2, (8,), image_size=8).eval()
+    net.reset_classifier(3)
+    assert not net.head.training

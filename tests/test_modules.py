@@ -188,3 +188,11 @@ def test_a_convolution_on_another_device():
     module.conv.to("meta")
     with pytest.raises(ValueError, match="conv_bn_relu: expected conv_weight on cpu, got meta"):
         module(torch.randn(2, 16, 4, 4).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+def test_batch_norms_of_a_join_that_differ(name):
+    module = BNReLUJoin(2, 3)
+    setattr(module.bns[1], name, 0.5)
+    with pytest.raises(ValueError, match=f"BNReLUJoin: expected one {name} of all batch norms, got"):
+        module([torch.randn(4, 3, 5, 5)] * 2)

@@ -11,6 +11,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 from fractalnet import sources  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
+from fractalnet.formats import Rows  # noqa: E402
 from image_files import damaged_jpeg, encoded, expected, pixels, write_cifar, write_parquet  # noqa: E402
 
 
@@ -172,3 +173,8 @@ def test_damaged_cifar(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="data_batch_3.bin: cannot be read: No such file"):
         sources.load("cifar10", tmp_path)
+
+
+def test_rows_are_named_by_their_file():
+    rows = Rows(None, "image", (("a.parquet", 2, 10), ("b.parquet", 3, 10)))
+    assert [rows.name(i) for i in (1, 2, 4)] == ["a.parquet: row 1", "b.parquet: row 0", "b.parquet: row 2"]

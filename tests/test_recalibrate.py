@@ -173,7 +173,7 @@ def test_errors_leave_the_statistics(loader):
     with (
         pytest.raises(ValueError, match="recalibrate: expected a loader of at least one batch")
         if not loader
-        else (pytest.raises(AttributeError))
+        else (pytest.raises(TypeError))
     ):
         net.recalibrate(loader)
     after = net.state_dict()
@@ -186,3 +186,18 @@ def test_wrong_column(column):
     net, loader = moved({})
     with pytest.raises(ValueError, match="recalibrate: expected column None or from 0 to 2, got"):
         net.recalibrate(loader, column)
+
+
+def test_dropout_anywhere_draws_nothing():
+    net = FractalNet(5, 2, (4,), image_size=8)
+    net.head = nn.Sequential(nn.Dropout(0.5), net.head)
+    images, state = torch.randn(4, 3, 8, 8), torch.get_rng_state()
+    net.recalibrate([images])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("loader, got", [(3, "int"), ([3], "int"), (["a"], "str"), ([[]], "list")])
+def test_what_is_no_loader(loader, got):
+    net = FractalNet(5, 2, (4,), image_size=8)
+    with pytest.raises(TypeError, match=f"recalibrate: expected loader to .* got {got}"):
+        net.recalibrate(loader)

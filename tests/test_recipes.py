@@ -196,3 +196,14 @@ def test_work_and_live_fraction():
 def test_unknown_recipe():
     with pytest.raises(UserError, match="unknown recipe 'c10'; there is: digits, fractalnet20/c10, .*yaml"):
         config.load("c10")
+
+
+def test_warm_up_and_milestones_scale_with_the_epochs(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "network: {columns: 2, channels: [8]}\ndata: {source: digits}\nepochs: 20\nbatch_size: 50\n"
+        "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}\n"
+        "schedule: {kind: milestones, milestones: [10], warmup: 4}\n"
+    )
+    found = config.load(str(file), ["--epochs", "10"])[0].schedule
+    assert found.warmup == 2 and found.milestones == [5]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fractal_kernels as fk
+from fractal_kernels.ops import recompute
 from fractal_kernels.ops.conv import conv2d_1x1_pooled
 
 GPU = True  # these tests run on a GPU's backends too, as those of test_ops.py do
@@ -99,7 +100,7 @@ def test_only_some_gradients(backend):
 def test_what_changed_is_told(changed):
     """In what the join saved, and in what the reader did."""
     x, w, *_ = draw()
-    y = F.conv2d(x, w.detach(), padding=1)
+    y = F.conv2d(x, w.detach().clone(), padding=1)  # which would tell of the weight, too
     h = fk.bn_relu(y, None, None, None, None, training=True)
     with fk.recomputed(h):
         out = F.conv2d(h, w)
@@ -252,3 +253,20 @@ def test_pools_of_plain_joins(backend):
         fk.masked_mean_join(ys, pool=2)
     with pytest.raises(ValueError, match="masked_mean_join: expected inputs of shape .* for pooling"):
         fk.masked_mean_join([torch.ones(2, 3)], pool="after")
+
+
+def test_what_was_computed_again_is_gone_after_its_last_use(monkeypatch):
+    made, again = [], recompute.again
+
+    def watched(node):
+        out = again(node)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(recompute, "again", watched)
+    x, w, *_ = draw()
+    h = fk.bn_relu(F.conv2d(x, w, padding=1), None, None, None, None, training=True)
+    with fk.recomputed(h):
+        out = F.conv2d(h, w)
+    out.sum().backward(retain_graph=True)
+    assert made and made[0]() is None

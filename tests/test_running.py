@@ -141,3 +141,11 @@ def test_a_step_is_our_operators_alone(backend, monkeypatch):
         if not launched:
             pytest.skip("the profiler sees no kernel here: CUPTI is not permitted")
         assert len(launched) == 6, launched
+
+
+def test_statistics_that_autograd_saved_are_known_to_have_moved():
+    mean, w = torch.zeros(3), torch.ones(3, requires_grad=True)
+    saved = (w * mean).sum()
+    bn_relu_join([torch.randn(4, 3, 5, 5)], None, None, [mean], [torch.ones(3)], training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()

@@ -315,3 +315,12 @@ def test_anytime_in_parts(monkeypatch):
         rows = [*anytime.answers(net, x, y, rounds=1), *anytime.exits(net, x, y)]
         found.append([(r.get("name"), r["accuracy"], round(r["loss"], 4), r.get("shares")) for r in rows])
     assert found[0] == found[1] and len(found[0]) == 2 + 3 + len(anytime.CONFIDENCES)
+
+
+@pytest.mark.parametrize("classes, top", [(19, False), (20, True)])
+def test_scores_of_batches_of_several_sizes(classes, top):
+    """As of one batch; and the five best answers where there are enough classes."""
+    net, x, y = FractalNet(classes, 1, (4,), image_size=8), torch.randn(7, 3, 8, 8), torch.arange(7) % 5
+    whole, parts = (evaluate.scores(net, b)["full"] for b in ([(x, y)], [(x[:6], y[:6]), (x[6:], y[6:])]))
+    assert parts == pytest.approx(whole, rel=1e-5) and ("accuracy_top5" in whole) == top
+    assert whole["loss"] == pytest.approx(torch.nn.functional.cross_entropy(net(x), y).item(), rel=1e-5)

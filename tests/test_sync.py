@@ -42,7 +42,7 @@ def network(kind):
     torch.manual_seed(0)
     if kind == "joined":
         return Joined().double()
-    sample = kind in ("sample", "ranges")
+    sample = kind in ("sample", "ranges", "one each")
     options = {"granularity": "sample" if sample else "batch", "momentum": 0.3 if kind == "full" else None}
     options |= {"composed": {"column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5}, "silu": {"activation": "silu"}}.get(
         kind, {}
@@ -60,6 +60,9 @@ def path_of(kind):
         ratio = 0.0 if kind == "sample" else 0.75
         path = sample_path(2, 3, N, local_drop=0.4, global_ratio=ratio, granularity="sample", generator=generator)
         return lambda first, last: Path(path.keep[..., first:last])
+    if kind == "one each":  # the ranks' samples each keep one column, and not the same one
+        keep = torch.cat([column_path(2, 3, c).keep.unsqueeze(3) for c in (2,) * 5 + (0,) * 3], 3)
+        return lambda first, last: Path(keep[..., first:last])
     path = {
         "full": full_path(2, 3),
         "column": column_path(2, 3, 1),
@@ -97,7 +100,7 @@ def both(rank, folder, kinds):
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
 
 
-KINDS = ("joined", "full", "column", "local", "sample", "ranges", "composed", "silu")
+KINDS = ("joined", "full", "column", "local", "sample", "ranges", "one each", "composed", "silu")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,15 @@ def test_compiled(one_rank, which):
         lambda x: fk.bn_relu(x, None, None, None, None, True, group=group), backend="aot_eager", fullgraph=True
     )
     torch.testing.assert_close(function(x), fk.bn_relu(x, None, None, None, None, True))
+
+
+def test_evaluation_waits_for_nobody(one_rank, monkeypatch):
+    net, calls = fk.BNReLUJoin(2, 3, stats="live"), []
+    fk.sync_batch_norm(net)
+    for name in ("all_gather", "all_reduce", "all_gather_into_tensor"):
+        monkeypatch.setattr(dist, name, lambda *a, **k: calls.append(1))
+    net.eval()([torch.randn(4, 3, 5, 5)] * 2, torch.ones(2, 4, dtype=torch.bool))
+    assert not calls
 
 
 def test_a_batch_without_live_samples_is_not_counted(one_rank):

@@ -216,3 +216,23 @@ def test_evaluation_before_training(kind):
         torch.testing.assert_close(p.grad, q.grad)
     for p, q in zip(net.buffers(), apart.buffers(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_autocast_changes_no_second_derivative():
+    x, w = (torch.randn(*size).to(memory_format=torch.channels_last) for size in ((4, 16, 8, 8), (16, 16, 3, 3)))
+    w.requires_grad_()
+    found = []
+    for enabled in (False, True):
+        y = fk.conv_bn_relu(x, w, None, None, None, None, True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(y.square().sum(), w, create_graph=True)
+    torch.testing.assert_close(*found)
+
+
+def test_a_tensor_that_comes_twice():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for create_graph in (False, True):
+        out = fk.bn_relu_join([x, x], None, None, None, None, training=True)
+        found += torch.autograd.grad(out.square().sum(), x, create_graph=create_graph)
+    torch.testing.assert_close(*found)

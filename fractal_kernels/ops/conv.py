@@ -211,13 +211,14 @@ def conv_bn_relu(
         checks.choice(op, "padding", padding, ["same", "valid"] if stride == (1, 1) else ["valid"])
     else:
         padding = checks.pair(op, "padding", padding, 0)
-        for d in (0, 1):
-            reach = dilation[d] * (w.shape[2 + d] - 1) + 1
-            if x.shape[2 + d] + 2 * padding[d] < reach:
-                raise ValueError(
-                    f"{op}: expected x of at least {reach} padded pixels for conv_weight {list(w.shape)}, got "
-                    f"{list(x.shape)} with padding {padding}"
-                )
+    for d in (0, 1):
+        reach = dilation[d] * (w.shape[2 + d] - 1) + 1
+        padded = x.shape[2 + d] + (2 * padding[d] if isinstance(padding, tuple) else 0)
+        if padding != "same" and padded < reach:
+            raise ValueError(
+                f"{op}: expected x of at least {reach} padded pixels for conv_weight {list(w.shape)}, got "
+                f"{list(x.shape)} with padding {padding}"
+            )
     if is_plain_3x3(tuple(w.shape[2:]), stride, padding, dilation, groups, conv_bias):
         y = conv2d_3x3(x, w, backends.resolve(op, backend, x.device, x.dtype))
     else:

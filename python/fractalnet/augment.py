@@ -71,8 +71,15 @@ class Augment:
     @classmethod
     def of(cls, data: Dataset, **options: Any) -> Augment:
         """The augmentation of this data set; `options` as of the class."""
-        size = data.image_size if data.streamed else None
-        return cls(data.mean, data.std, data.train.scale, size, **options)
+        made = cls(data.mean, data.std, data.train.scale, data.image_size if data.streamed else None, **options)
+        made.check_size(data.image_size, data.image_size)
+        return made
+
+    def check_size(self, height: int, width: int) -> None:
+        if self.padding == "reflect" and self.translate >= min(height, width):
+            raise UserError(
+                f"translate: expected less than the image's {height}x{width} pixels to reflect, got {self.translate}"
+            )
 
     def eval(self, ten_crop: bool = False) -> Augment:
         """The same without anything random."""
@@ -87,8 +94,7 @@ class Augment:
         if not (self.train and self.translate):
             return self._mirrored(self._normalised(x), key, start, total)
         (height, width), t = x.shape[-2:], self.translate
-        if self.padding == "reflect" and t >= min(height, width):
-            raise UserError(f"translate: expected less than the image's {height}x{width} pixels to reflect, got {t}")
+        self.check_size(height, width)
         border = (t, t, t, t)
         if self.padding == "black":
             x = self._normalised(F.pad(x, border))

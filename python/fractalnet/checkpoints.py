@@ -16,12 +16,17 @@ from .files import UserError, sync_folder
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["load", "prune", "prove", "save", "saved"]
+__all__ = ["last_good", "load", "prune", "prove", "save", "saved", "step_of"]
 
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the oldest first."""
-    return sorted(folder.glob("step-*.ckpt"))
+    return sorted(folder.glob(f"step-{'[0-9]' * 9}.ckpt"))
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of one of :func:`saved`."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def save(fabric: Fabric, folder: Path, step: int, state: dict[str, Any]) -> Path:

@@ -235,6 +235,7 @@ def parse(recipe: dict[str, Any], argv: Sequence[str], what: str, also: str) -> 
     if kept["warmup"] and not given & {"--schedule", "--schedule.warmup"}:
         found.schedule.warmup *= ratio
     found.pop("recipe")
+    found.network = dict(sorted(found.network.items()))  # in whatever order they were given
     check(found, what)
     plain = yaml.safe_load(made.dump(found, skip_unset=False, skip_validation=True))
     plain.pop("recipe", None)

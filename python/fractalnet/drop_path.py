@@ -59,13 +59,13 @@ class Path:
 
 @compiling.assume_constant_result  # it would trace through what is cached, and warn
 def _ends(columns: int) -> Tensor:
-    return _made_once(columns)
+    return torch.tensor(_ends_by_row(columns), device="cpu")
 
 
-@cache
-def _made_once(columns: int) -> Tensor:
+@cache  # not of a tensor: where one is first made in torch.export, it is a fake one
+def _ends_by_row(columns: int) -> tuple[tuple[bool, ...], ...]:
     ends = [{unit.column for unit in row} for row in schedule(columns).ends]
-    return torch.tensor([[column in row for column in range(columns)] for row in ends], device="cpu")
+    return tuple(tuple(column in row for column in range(columns)) for row in ends)
 
 
 def full_path(blocks: int, columns: int) -> Path:

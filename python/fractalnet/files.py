@@ -1,15 +1,17 @@
-"""Errors for the person at the command line, and files that are written whole or not at all."""
+"""Errors and signals of the person at the command line, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["Stopped", "UserError", "folder_for", "require", "sync_folder", "write"]
+__all__ = ["Stopped", "UserError", "folder_for", "require", "signals", "stopped", "sync_folder", "write"]
 
 
 class UserError(Exception):
@@ -22,6 +24,31 @@ class Stopped(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def stopped(came: list[int], checkpoint: Path) -> Stopped:
+    """SIGTERM, a machine that is taken back, ends with status 0: what can be done is done. Ctrl-C ends with 130."""
+    status = 130 if came and came[0] == signal.SIGINT else 0
+    return Stopped(f"stopped; {checkpoint} is written, --resume goes on from there", status)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT as they come; a second SIGINT interrupts at once."""
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    main = threading.current_thread() is threading.main_thread()  # another may not ask for signals
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require(*modules: str) -> None:

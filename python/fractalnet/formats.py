@@ -125,8 +125,13 @@ def each(function: Callable[[int], T], count: int, threads: int = THREADS) -> li
         pool.shutdown(cancel_futures=True)
 
 
+class OtherSize(UserError):
+    """An image that is not of the first one's size."""
+
+
 def decoded(splits: Sequence[Files], height: int, width: int) -> list[Images]:
-    """Every image of the splits, with one channel if all are grey; UserError names the first that is damaged."""
+    """Every image of the splits, with one channel if all are grey; UserError names the first that is damaged, or,
+    OtherSize, of another size."""
     import numpy as np
 
     arrays, grey = [np.empty((len(s), 3, height, width), np.uint8) for s in splits], True
@@ -136,7 +141,7 @@ def decoded(splits: Sequence[Files], height: int, width: int) -> list[Images]:
         def put(i: int, split: Files = split, x: np.ndarray = x) -> bool:
             image, is_grey = decode(split.encoded, i)
             if image.size != (width, height):
-                raise UserError(
+                raise OtherSize(
                     f"{split.encoded.name(i)}: expected {width}x{height} pixels as the first image, got "
                     f"{image.width}x{image.height}; --data.image_size crops and scales images of any size"
                 )

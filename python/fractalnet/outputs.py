@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +46,8 @@ __all__ = ["Log", "compare", "conclude", "differences", "find", "flat", "introdu
 WAIT = 10.0  # seconds for the data workers of a training that was killed, which hold its lock until they notice
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
 RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
+LOGS = (ROWS, TIMES, "metrics.csv")
+FOLDERS = {"checkpoints": ("step-*.ckpt", ".step-*.tmp"), "tensorboard": ("events.out.tfevents.*",)}  # and what is ours
 # Beside the number of epochs, in which a run of the paper's recipe may differ from it.
 UNIMPORTANT = ("seed", "precision", "compile", "strategy", "sync_bn", "evaluate_every")
 PACKAGES = (
@@ -68,9 +69,14 @@ def find(out: Path, resume: str | None, overwrite: bool) -> Path | None:
     """The checkpoint of the folder to go on from, or None."""
     folder, found = out / "checkpoints", checkpoints.saved(out / "checkpoints")
     if resume is None:
+        choices = "--overwrite replaces it, --out names another folder"
         if not overwrite and (found or (out / ROWS).exists()):
-            choices = "--resume goes on with it, --overwrite replaces it, --out names another folder"
-            raise UserError(f"{out} holds a run: {choices}")
+            raise UserError(f"{out} holds a run: --resume goes on with it, {choices}")
+        there = [
+            name for name in (*FOLDERS, *LOGS, *RESULTS, "config.yaml", "environment.json") if (out / name).exists()
+        ]
+        if not overwrite and there:
+            raise UserError(f"{out} holds {', '.join(there)}, which a run writes: {choices}")
         return None
     if resume == "newest" and not found:
         raise UserError(f"--resume: there is no checkpoint in {folder}")
@@ -110,17 +116,14 @@ def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
     fabric.barrier()  # every rank has looked at the folder
     folder = out / "checkpoints"
     if fabric.is_global_zero:
-        if anew:
-            for name in ("checkpoints", "tensorboard"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in (ROWS, TIMES, "metrics.csv", *RESULTS):
-                (out / name).unlink(missing_ok=True)
         try:
+            ours = [file for name, kinds in FOLDERS.items() for kind in kinds for file in (out / name).glob(kind)]
+            for left in [*ours, *(out / name for name in (*LOGS, *RESULTS))] if anew else folder.glob(".step-*.tmp"):
+                left.unlink(missing_ok=True)  # of a run before, or of this one when it was killed while it wrote
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write to the folder {out}: {error.strerror or error}") from error
-        for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-            left.unlink(missing_ok=True)
+            reason = error.strerror or error
+            raise UserError(f"cannot write to the folder {out}: {error.filename or ''}: {reason}") from error
     fabric.barrier()
 
 
@@ -380,11 +383,11 @@ def is_recipe(metrics: dict[str, Any]) -> bool:
 
 def found(folder: Path) -> list[dict[str, Any]]:
     """metrics.json of every run below a folder; files of other programs are left out."""
-    texts = [path.read_bytes() for path in sorted(folder.rglob("metrics.json"))]
     runs = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            metrics = json.loads(text)
-            if isinstance(metrics, dict) and {"recipe", "config", "columns"} <= metrics.keys():
+    for path in sorted(folder.rglob("metrics.json")):
+        with contextlib.suppress(ValueError, OSError):
+            metrics = json.loads(path.read_bytes())
+            kinds = {"recipe": str, "config": dict, "columns": list}
+            if isinstance(metrics, dict) and all(isinstance(metrics.get(k), kind) for k, kind in kinds.items()):
                 runs.append(metrics)
     return runs

@@ -38,7 +38,7 @@ def recalibrate(
     Returns:
         The model.
     Raises:
-        ValueError: the loader has no batch, or there is no such column.
+        ValueError: the loader has no batch, or there is no such column. TypeError: what it gives are no batches.
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), section 3: columns as networks of their own.
     Example:
@@ -49,6 +49,8 @@ def recalibrate(
         >>> torch.allclose(deepest, net.train()(images, column=1), atol=0.1)  # the batch's statistics
         True
     """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"recalibrate: expected loader to be iterable, got {type(loader).__name__}")
     if column is None:
         path = drop_path.full_path(len(model.blocks), model.columns)
     elif isinstance(column, int) and 0 <= column < model.columns:
@@ -73,7 +75,12 @@ def recalibrate(
                 module.eval()
         batches = 0
         for batch in loader:
-            images = batch if isinstance(batch, Tensor) else batch[0]
+            images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+            if not isinstance(images, Tensor):
+                raise TypeError(
+                    "recalibrate: expected loader to give batches of images, Tensors or (Tensor, ...), got "
+                    f"{type(batch).__name__}"
+                )
             model(images.to(device), path=path)
             batches += 1
         if not batches:

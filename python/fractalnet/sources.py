@@ -14,7 +14,7 @@ from torch import Tensor
 from .augment import Augment, centre_crop, short_side, to_tensor
 from .drop_path import generator_for
 from .files import UserError, require
-from .formats import Files, Images, cifar_binary, decode, decoded, each, folder, one_line, parquet, rows
+from .formats import Files, Images, OtherSize, cifar_binary, decode, decoded, each, folder, one_line, parquet, rows
 
 __all__ = ["NAMES", "Dataset", "load"]
 
@@ -214,7 +214,11 @@ def assemble(name: str, splits: list[Files], classes: tuple[str, ...], image_siz
     height, width = first.height, first.width
     small = sum(len(s) for s in splits) * 3 * height * width < MEMORY
     if small and (image_size is None or (height, width) == (image_size, image_size)):
-        return in_memory(name, decoded(splits, height, width), classes, image_size)
+        try:
+            return in_memory(name, decoded(splits, height, width), classes, image_size)
+        except OtherSize:
+            if image_size is None:
+                raise
     train, size = splits[0], image_size or STREAMED_SIZE
     chosen = torch.randperm(len(train), generator=generator_for(0), device="cpu")[:SAMPLE].sort().values.tolist()
     views = each(lambda i: to_tensor(centre_crop(train.open(chosen[i]), size, short_side(size))), len(chosen))
@@ -238,5 +242,6 @@ def statistics(x: Tensor, scale: float) -> tuple[tuple[float, ...], tuple[float,
     for channel in x.unbind(1):
         counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096)).double()
         mean.append(float(values @ counts / counts.sum()))
-        std.append(float(((values - mean[-1]) ** 2 @ counts / counts.sum()).sqrt()))
+        spread = ((values - mean[-1]) ** 2 @ counts / counts.sum()).sqrt()
+        std.append(float(spread) if (counts > 0).sum() > 1 else 0.0)  # of one value the mean is rounded
     return tuple(mean), tuple(std)

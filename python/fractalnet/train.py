@@ -8,12 +8,9 @@ schedule, and the place; there is no state of generators or workers that could b
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +23,7 @@ from .augment import Augment
 from .config import FREE, Config
 from .devices import fabric_for, is_parallel, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
-from .files import Stopped, UserError, folder_for, require
+from .files import UserError, folder_for, require, signals, stopped
 from .graphed import GraphedStep
 from .layers import is_whole
 from .loader import Loader
@@ -40,31 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "run"]
 
 AGREE_EVERY = 10  # steps between two looks at whether a rank was told to stop
-
-
-def stopped(came: list[int], checkpoint: FilePath) -> Stopped:
-    """SIGTERM, a machine that is taken back, ends with status 0: what can be done is done. Ctrl-C ends with 130."""
-    status = 130 if came and came[0] == signal.SIGINT else 0
-    return Stopped(f"stopped; {checkpoint} is written, --resume goes on from there", status)
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """The numbers of SIGTERM and SIGINT as they come; a second SIGINT interrupts at once."""
-    came: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    main = threading.current_thread() is threading.main_thread()  # another may not ask for signals
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
@@ -165,6 +137,11 @@ class Run:
     def subject(self) -> FractalNet | PlainNet:
         """What is evaluated and kept."""
         return self.average.module if self.average is not None else self.net
+
+    @property
+    def steps(self) -> int:
+        """Batches so far."""
+        return self.epoch * len(self.loader) + self.batch
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -273,8 +250,6 @@ class Run:
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss.zero_()
         row: dict[str, Any] = {"epoch": self.epoch, "lr": self.rate, "train_loss": total}
-        if not total < float("inf"):
-            raise UserError(f"the loss is {total} in epoch {self.epoch}: the training has diverged; lower the lr")
         if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
             row["holdout"] = self.scores()
         self.history.append(row)
@@ -296,18 +271,21 @@ class Run:
         }
 
     def save(self, out: FilePath) -> FilePath:
-        """A checkpoint of this moment."""
-        step = self.epoch * len(self.loader) + self.batch
-        path = checkpoints.save(self.fabric, out / "checkpoints", step, self.state(outputs.log_size(out)))
+        """A checkpoint of this moment, if it is worth one."""
+        folder, loss = out / "checkpoints", self.fabric.all_reduce(self.loss.clone(), reduce_op="sum").item()
+        if not loss < float("inf"):
+            why = f"the loss is {loss} in epoch {self.epoch + 1}: the training has diverged; lower the lr, in a new run"
+            raise UserError(f"{why}; {checkpoints.last_good(folder)}")
+        path = checkpoints.save(self.fabric, folder, self.steps, self.state(outputs.log_size(out)))
         if self.fabric.is_global_zero:
-            checkpoints.prune(out / "checkpoints", self.config.keep, self.best["checkpoint"])
+            checkpoints.prune(folder, self.config.keep, self.best["checkpoint"])
         return path
 
-    def save_epoch(self, out: FilePath, row: dict[str, Any]) -> None:
+    def save_epoch(self, out: FilePath, row: dict[str, Any]) -> FilePath:
         accuracy = row.get("holdout", {}).get("full", {}).get("accuracy", -1.0)
         if accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "checkpoint": f"step-{self.epoch * len(self.loader):09d}.ckpt"}
-        self.save(out)
+            self.best = {"accuracy": accuracy, "checkpoint": f"step-{self.steps:09d}.ckpt"}
+        return self.save(out)
 
     def resume(self, out: FilePath, path: FilePath) -> None:
         """Goes back to the moment of a checkpoint; the log forgets what came after it."""
@@ -335,7 +313,7 @@ class Run:
         self.history = outputs.rewind(out, log, self.fabric.is_global_zero)
         if self.fabric.is_global_zero:
             for later in checkpoints.saved(out / "checkpoints"):
-                if later.name > path.name:  # of a future that this run will not have
+                if checkpoints.step_of(later) > self.steps:  # of a future that this run will not have
                     later.unlink()
         self.fabric.barrier()
 
@@ -360,7 +338,7 @@ def run(
         outputs.prepare(fabric, out, anew=checkpoint is None)
         if checkpoint is not None:
             this.resume(out, checkpoint)
-        log = outputs.Log(fabric, out, config, len(this.loader) * this.epoch + this.batch, len(this.loader))
+        log = outputs.Log(fabric, out, config, this.steps, len(this.loader))
         log.begin(name, plain, this.data.describe())
         outputs.introduce(this)
         with closing(this.loader), closing(this.holdout):
@@ -378,7 +356,7 @@ def train(this: Run, out: FilePath, log: outputs.Log, came: list[int]) -> None:
     batches, epochs = len(this.loader), this.config.epochs
     look = {"desc": "training", "unit": "batch", "dynamic_ncols": True, "disable": not this.fabric.is_global_zero}
     look["mininterval"] = 0.1 if sys.stderr.isatty() else 10  # seconds between two states: a log needs fewer
-    with tqdm(total=batches * epochs, initial=batches * this.epoch + this.batch, **look) as bar:
+    with tqdm(total=batches * epochs, initial=this.steps, **look) as bar:
         while this.epoch < epochs:
             begun, first = time.perf_counter(), this.batch
             times = {"epoch": this.epoch + 1}
@@ -391,10 +369,10 @@ def train(this: Run, out: FilePath, log: outputs.Log, came: list[int]) -> None:
             trained = time.perf_counter()
             row = this.finish_epoch()
             log.write(row, this.history)
-            this.save_epoch(out, row)
+            path = this.save_epoch(out, row)
             log.time({"epoch": this.epoch, "evaluating_and_saving": time.perf_counter() - trained})
             if "holdout" in row:
                 full = row["holdout"]["full"]["accuracy"]
                 bar.set_postfix_str(f"epoch {this.epoch}/{epochs}, hold-out {full:.1%}", refresh=False)
             if this.epoch < epochs and this.told(came):
-                raise stopped(came, checkpoints.saved(out / "checkpoints")[-1])
+                raise stopped(came, path)

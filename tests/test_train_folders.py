@@ -1,0 +1,95 @@
+"""Runs and what else is in their folders, checkpoints under other names, and losses that are none."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from fractalnet import checkpoints, outputs, sources  # noqa: E402
+from fractalnet.__main__ import main  # noqa: E402
+from image_files import write_folder  # noqa: E402
+from test_train import files_of, quick, whole, written  # noqa: E402, F401  (fixtures too)
+
+OPTIONS = ["--network.mixture", "alternating", "--network.activation", "silu", "--network.dropout", "null"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/resnet.pt", "tensorboard/other", "model.pt", "config.yaml", "report.md"])
+def test_files_of_others_stay(tmp_path, refused, name):
+    """Without --overwrite all of them; with it those that a run does not write."""
+    out = tmp_path / "run"
+    file = out / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    begin = ["train", written(tmp_path, epochs=1), "--out", str(out)]
+    refused(begin, [name.partition("/")[0], "which a run writes", "--overwrite", "--out"])
+    assert [p for p in out.rglob("*") if p.is_file()] == [file] and file.read_text() == "precious"
+    if "/" in name:
+        assert main([*begin, "--overwrite"]) == 0
+        assert file.read_text() == "precious" and (out / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "zz.ckpt", "step-best.ckpt"])
+def test_resuming_from_a_copy(tmp_path, whole, name):  # noqa: F811
+    """Whatever it is called, it is the step that it was written at which says what comes later."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    saved = checkpoints.saved(out / "checkpoints")
+    copy = out / "checkpoints" / name
+    shutil.copy(saved[0], copy)
+    assert checkpoints.saved(out / "checkpoints") == saved  # the copy is none of the run's
+    assert main(["train", "--out", str(out), "--resume", str(copy)]) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_what_cannot_begin_leaves_the_run_before(tmp_path, whole, refused):  # noqa: F811
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    begin = ["train", written(tmp_path), "--out", str(out), "--overwrite"]
+    refused([*begin, "--data.padding", "reflect", "--data.translate", "8"], ["translate", "8x8", "got 8"])
+    assert files_of(out) == files_of(whole)
+
+
+def test_diverged(tmp_path, capsys):
+    """No checkpoint of it is written over those from before."""
+    out = tmp_path / "run"
+    begin = ["train", written(tmp_path, clip=None, accumulate=1, save_every=1), "--out", str(out)]
+    assert main([*begin, "--optimizer.lr", "1e30"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "in epoch 1: the training has diverged; lower the lr, in a new run; the last good checkpoint is" in said
+    for path in checkpoints.saved(out / "checkpoints"):
+        assert torch.load(path, weights_only=True)["loss"].isfinite().all()
+    assert not (out / "model.pt").exists()
+
+
+def test_the_same_bytes_whatever_the_order_of_options(tmp_path):
+    """A run that goes on without its recipe has its options in another order."""
+    again = [*OPTIONS[4:], *OPTIONS[2:4], *OPTIONS[:2]]
+    for name, options in (("a", OPTIONS), ("b", again)):
+        assert main(["train", written(tmp_path, epochs=1), "--out", str(tmp_path / name), *options]) == 0
+    for name in ("model.pt", "config.yaml"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_comparing_leaves_out_what_is_no_run(tmp_path):
+    (tmp_path / "a" / "metrics.json").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.json").write_text(json.dumps({"recipe": ["x"], "config": {}, "columns": []}))
+    assert outputs.found(tmp_path) == []
+
+
+def test_images_of_which_the_first_has_the_size(tmp_path):
+    """Others are scaled to it."""
+    write_folder(tmp_path, size=(16, 16), count=3)
+    last = sorted((tmp_path / "train").rglob("*.png"))[-1]
+    from PIL import Image
+
+    Image.open(last).resize((24, 24)).save(last)
+    assert sources.load(f"folder:{tmp_path}", image_size=16).streamed
+
+
+def test_a_channel_of_one_value_has_no_spread():
+    for value in range(256):
+        assert sources.statistics(torch.full((3, 1, 2, 2), value, dtype=torch.uint8), 255.0)[1] == (0.0,)
