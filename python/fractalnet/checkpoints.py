@@ -71,6 +71,8 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
 
 def prove(path: Path) -> None:
     """Raises UserError unless every checksum of the file holds."""
+    if path.is_dir():
+        raise UserError(f"checkpoint {path}: expected a file, got a folder; a training leaves its network in model.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

@@ -128,10 +128,14 @@ LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1, "save_every": 1, "keep": 1, "nodes": 1,
     "seed": 0, "data.translate": 0, "data.workers": 0, "data.image_size": 1, "schedule.warmup": 0,
 }  # fmt: skip
-INSIDE = {
-    "clip": (0, math.inf), "ema": (0, 1), "label_smoothing": (-1e-9, 1), "schedule.factor": (0, 1 + 1e-9),
-    "optimizer.init_args.lr": (0, math.inf), "seed": (-1, 2**63),
-}  # fmt: skip
+INSIDE = {  # bounds as they are written, and whether they hold
+    "clip": ("(0, inf)", lambda v: 0 < v < math.inf),
+    "ema": ("(0, 1)", lambda v: 0 < v < 1),
+    "label_smoothing": ("[0, 1)", lambda v: 0 <= v < 1),
+    "schedule.factor": ("(0, 1]", lambda v: 0 < v <= 1),
+    "optimizer.init_args.lr": ("(0, inf)", lambda v: 0 < v < math.inf),
+    "seed": ("[0, 2**63)", lambda v: 0 <= v < 2**63),
+}
 # What may differ between a run and its continuation: it changes neither weights nor metrics. The last line: but for
 # rounding, and for which values dropout drops.
 FREE = ("keep", "save_every", "tensorboard", "compare_eager", "data.root", "data.workers")
@@ -279,9 +283,9 @@ def check(found: Any, what: str) -> None:
         value = found.get(key)
         if value is not None and value < least:
             raise UserError(f"{what}: --{key}: expected {least} or more, got {value}")
-    for key, (low, high) in INSIDE.items():
+    for key, (bounds, holds) in INSIDE.items():
         value = found.get(key)
-        if value is not None and not low < value < high:
-            raise UserError(f"{what}: --{key}: expected a number in ({low:g}, {high:g}), got {value}")
+        if value is not None and not holds(value):
+            raise UserError(f"{what}: --{key}: expected a number in {bounds}, got {value}")
     if found.devices != "auto" and not (found.devices.isdigit() and int(found.devices)):
         raise UserError(f"{what}: --devices: expected a whole number >= 1 or auto, got {found.devices!r}")

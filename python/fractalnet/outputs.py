@@ -197,7 +197,7 @@ class Log:
             raise
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def told(self) -> Iterator[None]:
         """Says what is safe where something cannot be written."""
         try:
             yield
@@ -209,7 +209,7 @@ class Log:
         """A row of metrics; `history` is all of them."""
         if not self.first:
             return
-        with self._told():
+        with self.told():
             self._append(ROWS, row)
             rows = [flat(r) for r in history]
             buffer = io.StringIO()
@@ -224,7 +224,7 @@ class Log:
 
     def time(self, row: dict[str, Any]) -> None:
         if self.first:
-            with self._told():
+            with self.told():
                 self._append(TIMES, row)
 
 

@@ -344,7 +344,8 @@ def run(
         with closing(this.loader), closing(this.holdout):
             with signals() as came:
                 train(this, out, log, came)
-            metrics = outputs.conclude(this, out)
+            with log.told():
+                metrics = outputs.conclude(this, out)
         fabric.barrier()
     return metrics
 
