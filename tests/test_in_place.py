@@ -3,12 +3,11 @@
 import pytest
 import torch
 from cases import channel_slice, channels_last
-from conftest import need_backend
 from torch import nn
 
 import fractal_kernels as fk
 
-PATH = torch.ones(2, 2, dtype=torch.bool)
+PATH = torch.ones(2, 2, dtype=torch.bool, device="cpu")
 
 
 def images(channels=16, size=6, layout=channels_last):
@@ -40,9 +39,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", list(CALLS))
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_outputs(name, backend):
-    need_backend(backend)
     out = CALLS[name](backend)
     out.add_(1).sum().backward()
     with torch.no_grad():
