@@ -202,6 +202,11 @@ def fractal_block(
         torch.Size([2, 4, 4, 4])
     """
     op = "fractal_block"
+    if is_exporting():
+        raise RuntimeError(
+            f"{op}: expected to run with this package, got an export to ONNX or a TorchScript trace; of a FractalNet, "
+            "fractalnet.export.plain(model) is a network that can be exported"
+        )
     x = checks.tensor(op, "x", x)
     if x.dim() != 4 or min(x.shape[2:]) < (1 if pool is None else 2):
         raise ValueError(f"{op}: expected x of shape [N, C, H, W], H and W >= 1, or 2 for pooling, got {list(x.shape)}")
@@ -266,11 +271,6 @@ def fractal_block(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
-    if is_exporting():
-        raise RuntimeError(
-            f"{op}: expected to run with this package, got an export to ONNX or a TorchScript trace; of a FractalNet, "
-            "fractalnet.export.plain(model) is a network that can be exported"
-        )
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised,

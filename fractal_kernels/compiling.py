@@ -1,5 +1,7 @@
-"""What ``torch.compiler`` says of functions, without importing the compiler, which takes seconds: ``import
-fractal_kernels`` would, where nothing is ever compiled too."""
+"""What ``torch.compiler`` says of functions, without importing the compiler, which takes seconds.
+
+An import needs it as little as an evaluation does; a training has it with its first step, as by PyTorch's optimizers.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import sys
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -18,6 +18,9 @@ from torch.nn.parameter import is_lazy
 from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
 
 __all__ = ["FuseReport", "fuse"]
+
+
+WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 
 
 class FuseReport(NamedTuple):
@@ -60,14 +63,14 @@ def _is_relu(module: nn.Module | None) -> bool:
 def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
-    The ReLU becomes one that returns its input; parameters, buffers and ``state_dict`` keys stay as they are. A ReLU
-    that is also applied to something else stays, and its batch norm with it; so does a batch norm with hooks on its
-    output or gradients. ``forward`` is traced symbolically, in training and in evaluation, with all arguments and with
-    none but the required ones; of what else it does depending on its arguments, nothing is known. A model that cannot
-    be traced is searched for ``Sequential`` containers instead, of which it must use each as a whole. What is read
-    between a batch norm and its ReLU has had both. A convolution before such a batch norm runs as in
-    :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model and its input are in
-    channels_last.
+    The ReLU becomes one that returns its input; parameters, buffers and ``state_dict`` keys stay as they are. A
+    ReLU that is also applied to something else stays, and its batch norm with it; so does a batch norm with hooks
+    on its output or gradients, or with a ``forward`` that was set on the object. The model's ``forward`` is traced
+    symbolically, in training and in evaluation, with all arguments and with none but the required ones; of what
+    else it does depending on its arguments, nothing is known. A model that cannot be traced is searched for
+    ``Sequential`` containers instead, of which it must use each as a whole. What is read between a batch norm and
+    its ReLU has had both. A convolution before such a batch norm runs as in :func:`conv_bn_relu` (its class is
+    another then): on the CPU, 3x3 ones are faster if the model and its input are in channels_last.
 
     Args:
         model: any module.
@@ -119,13 +122,18 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     return FuseReport(fused, skipped)
 
 
-def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """What holds the attributes of a module: its dictionary, and lists, dictionaries and sets in it."""
-    if isinstance(value, (list, dict, set, deque)) and id(value) not in seen:
-        seen.add(id(value))
-        yield value
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _containers(inner, seen)
+def _containers(module: nn.Module) -> list[Any]:
+    """What holds the attributes of a module: its dictionary, and lists, dictionaries and sets in that. Not of classes
+    of their own, which need not let themselves be filled again."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [vars(module)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            inner = value.values() if isinstance(value, dict) else value
+            waiting += [v for v in inner if type(v) in (list, dict, set, OrderedDict)]
+    return list(found.values())
 
 
 @contextmanager
@@ -134,7 +142,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
     modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
-    held = [c for m in modules for c in _containers(vars(m), set())]
+    held = [c for m in modules for c in _containers(m)]
     before = [copy.copy(c) for c in held]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -143,7 +151,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     finally:
         for container, values in zip(held, before, strict=True):
             container.clear()
-            container.extend(values) if isinstance(container, (list, deque)) else container.update(values)
+            container.extend(values) if isinstance(container, list) else container.update(values)
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
@@ -203,7 +211,7 @@ def _traced_pairs(
         elif len(nodes) > 1:
             problems[name] = "it is called more than once"
         elif _is_watched(modules[name]):
-            problems[name] = "it has hooks, which would see what the ReLU made of its output"
+            problems[name] = WATCHED
         elif len(users) != 1 or not _is_relu(module_of(users[0])):
             problems[name] = "its only use is not a torch.nn.ReLU module (without hooks)"
     fusable = {name for name in relu_of if name not in problems}
@@ -218,8 +226,9 @@ def _traced_pairs(
 def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
     pairs = []
     for name, module in modules.items():
-        own = getattr(module.forward, "__func__", None) is not nn.Sequential.forward  # a class's, or an object's
-        if not isinstance(module, nn.Sequential) or own:
+        if not isinstance(module, nn.Sequential):
+            continue
+        if getattr(module.forward, "__func__", None) is not nn.Sequential.forward:  # a class's, or an object's own
             continue
         children = [(child, m) for child, m in module._modules.items() if m is not None]  # repeats too
         prefix = f"{name}." if name else ""
@@ -230,6 +239,6 @@ def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str
                 shared = any(sum(m is child for child in held) > 1 for m in (first, second))
                 problem = "it or its ReLU module is used elsewhere too" if shared else ""
                 if _is_watched(first):
-                    problem = "it has hooks, which would see what the ReLU made of its output"
+                    problem = WATCHED
                 pairs.append((prefix + before, prefix + a, prefix + b, problem))
     return pairs

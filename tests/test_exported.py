@@ -1,5 +1,6 @@
 """Programs that run without this package: ONNX files and TorchScript traces of models with our functions in them."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -118,6 +119,44 @@ def test_without_running_statistics(images):
     torch.testing.assert_close(
         program(images), torch.batch_norm(images, *[None] * 4, True, 0.1, 1e-5, False).relu(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_join_of_one_branch_is_a_tensor_of_its_own():
+    def changes(x):
+        h = fk.masked_mean_join([x])
+        h += 1
+        return h + x
+
+    program = torch.jit.trace(changes, torch.ones(2, 3, 4, 4))
+    assert torch.equal(program(torch.ones(2, 3, 4, 4)), torch.full((2, 3, 4, 4), 3.0))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [("double", "float"), ("float", "bfloat16"), ("bfloat16", "bfloat16"), ("half", "float")]
+)
+def test_parameters_of_other_dtypes(dtypes, autocast, monkeypatch):
+    """Cast as the kernels' are, and autocast has no part in it."""
+    dtype, of_parameters = (getattr(torch, name) for name in dtypes)
+    y, p = torch.randn(2, 3, 4, 4, dtype=dtype), torch.rand(3).add_(0.5).to(of_parameters)
+    found = []
+    for exporting in (False, True):
+        monkeypatch.setattr(exported, "is_exporting", lambda exporting=exporting: exporting)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(fk.bn_relu_join([y, y], [p, p], [p, p], [p, p], [p, p], reduction="sum"))
+            found.append(fk.masked_mean_join([y, y]))
+    for ours, theirs in zip(found[:2], found[2:], strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_networks_of_fused_blocks_name_the_way(dynamo):
+    pytest.importorskip("onnxscript")
+    net, x = fractalnet.create("fractal_c2", channels=(8,), image_size=8).eval(), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings(), pytest.raises(Exception, match=r"fractalnet\.export\.plain"):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (x,), io.BytesIO(), dynamo=dynamo, verbose=False)
 
 
 def test_fractal_block_names_the_way():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from test_fuse import Untraceable
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_list
 
 from fractal_kernels import fuse
 
@@ -86,6 +88,50 @@ def test_fuse_leaves_replaced_children_and_modes():
     model = Assigns().eval()
     fuse(model)
     assert type(model.last) is nn.Identity and not any(m.training for m in model.modules())
+
+
+class Frozen(dict):
+    """As configurations of other libraries are: it lets nobody change it."""
+
+    def clear(self) -> None:
+        raise TypeError("frozen")
+
+
+def test_fuse_beside_containers_of_other_classes():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+            self.options, self.sizes = Frozen(a=1), immutable_list([1])
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.relu(self.bn(x))
+
+    model = Counts()
+    assert fuse(model).fused == ["bn"]
+    assert all(m.training for m in model.modules()) and model.calls == 0
+    assert model.options == {"a": 1} and model.sizes == [1]
+
+
+def test_fuse_beside_scripted_containers():
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Identity()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Untraceable(nn.ModuleDict({"body": body, "scripted": torch.jit.script(Listed())})["body"])
+        model.scripted = torch.jit.script(Listed())
+    assert len(fuse(model).fused) == 1
 
 
 def test_fuse_leaves_a_relu_with_a_hook_on_its_input():

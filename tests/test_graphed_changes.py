@@ -66,16 +66,43 @@ def test_what_changes_of_the_optimizer_is_captured_anew(change, on):
     hold(results[1], results[0], 1e-10 if on == "twin" else 1e-3)
 
 
-def test_another_momentum_in_every_step_is_said_once_and_steps_go_on():
-    """As OneCycleLR sets it: there is never anything to replay."""
+@pytest.mark.parametrize("every", [1, 3])
+def test_another_momentum_every_few_steps_is_said_once_and_steps_go_on(every):
+    """As OneCycleLR sets it: there is never anything to replay, or as good as nothing."""
     net, optimizer, work, state = build(NETS["fused"])
     twin = Twin(state)
     step = GraphedStep(net, optimizer, work, capturer=twin)
     with pytest.warns(UserWarning, match="settings or state change so often .* steps run one kernel") as said:
-        for i, (x, y) in enumerate(batches(12)):
-            optimizer.param_groups[0]["momentum"] = 0.9 - i / 100
+        for i, (x, y) in enumerate(batches(12 * every)):
+            optimizer.param_groups[0]["momentum"] = 0.9 - i // every / 100
             assert step(x, y, column_path(2, 3, 1)).isfinite()
-    assert len(said) == 1 and step.problem and twin.captures == 0
+    assert len(said) == 1 and step.problem and twin.captures == (11 if every == 3 else 0)
+
+
+def test_changes_that_come_to_an_end():
+    """As layers that thaw one after the other."""
+    net, optimizer, work, state = build(NETS["fused"])
+    twin = Twin(state)
+    step = GraphedStep(net, optimizer, work, capturer=twin)
+    for i, (x, y) in enumerate(batches(20)):
+        if i < 10 and i % 2:
+            optimizer.param_groups[0]["momentum"] -= 0.01
+        step(x, y, column_path(2, 3, 1))
+    assert step.problem == "" and twin.captures == 1 and twin.replays > 5
+
+
+def test_another_parameter_in_its_place():
+    """What a graph wrote into is not trained any more."""
+    net, optimizer, work, state = build(NETS["fused"])
+    optimizer.param_groups[0]["momentum"] = 0  # a fused SGD takes no new parameter beside others that have one
+    step = GraphedStep(net, optimizer, work, capturer=Twin(state), warmup=1)
+    for i, (x, y) in enumerate(batches(6)):
+        if i == 3:
+            net.head = torch.nn.Linear(net.head.in_features, 5, dtype=torch.float64)
+            before = net.head.weight.detach().clone()
+            optimizer.param_groups[0]["params"][-2:] = net.head.parameters()
+        step(x, y, column_path(2, 3, 1))
+    assert not torch.equal(net.head.weight, before)
 
 
 def test_rates_as_tensors_and_as_numbers():

@@ -16,7 +16,17 @@ from test_train import files_of, quick, whole, written  # noqa: E402, F401  (fix
 OPTIONS = ["--network.mixture", "alternating", "--network.activation", "silu", "--network.dropout", "null"]
 
 
-@pytest.mark.parametrize("name", ["checkpoints/resnet.pt", "tensorboard/other", "model.pt", "config.yaml", "report.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints/resnet.pt",
+        "checkpoints/step-best.ckpt",
+        "tensorboard/other",
+        "model.pt",
+        "config.yaml",
+        "report.md",
+    ],
+)
 def test_files_of_others_stay(tmp_path, refused, name):
     """Without --overwrite all of them; with it those that a run does not write."""
     out = tmp_path / "run"
@@ -58,7 +68,7 @@ def test_diverged(tmp_path, capsys):
     begin = ["train", written(tmp_path, clip=None, accumulate=1, save_every=1), "--out", str(out)]
     assert main([*begin, "--optimizer.lr", "1e30"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "in epoch 1: the training has diverged; lower the lr, in a new run; the last good checkpoint is" in said
+    assert "in epoch 1: the training has diverged; lower the lr, in a new run; what was written before is in" in said
     for path in checkpoints.saved(out / "checkpoints"):
         assert torch.load(path, weights_only=True)["loss"].isfinite().all()
     assert not (out / "model.pt").exists()

@@ -16,12 +16,15 @@ from .files import UserError, sync_folder
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["last_good", "load", "prune", "prove", "save", "saved", "step_of"]
+__all__ = ["NAME", "last_good", "load", "prune", "prove", "save", "saved", "step_of"]
+
+
+NAME = f"step-{'[0-9]' * 9}.ckpt"
 
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the oldest first."""
-    return sorted(folder.glob(f"step-{'[0-9]' * 9}.ckpt"))
+    return sorted(folder.glob(NAME))
 
 
 def step_of(path: Path) -> int:
@@ -72,7 +75,7 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
 def prove(path: Path) -> None:
     """Raises UserError unless every checksum of the file holds."""
     if path.is_dir():
-        raise UserError(f"checkpoint {path}: expected a file, got a folder; a training leaves its network in model.pt")
+        raise UserError(f"checkpoint {path}: expected a file, got a folder")
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

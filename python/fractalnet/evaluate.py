@@ -79,7 +79,7 @@ def scores(model: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str
                 logits = logits.softmax(-1).mean(0).log()
             if len(y):  # a rank's part may be empty, which metrics do not take
                 loss, accuracies = found[name]
-                loss.update(F.cross_entropy(logits, y, reduction="none"))  # of every image: batches differ in size
+                loss.update(F.cross_entropy(logits, y, reduction="none"))  # image by image: it ignores weights
                 accuracies.update(logits, y)
     return {
         name: {"loss": loss.compute().item()} | {k: v.item() for k, v in accuracies.compute().items()}

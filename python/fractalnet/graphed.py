@@ -23,7 +23,7 @@ from .model import FractalNet
 
 __all__ = ["GraphedStep"]
 
-PATIENCE = 3  # times that captures may come to nothing one after the other
+PATIENCE, WORTH = 10, 10  # times one after the other that a start anew came before so many replays
 
 Work = Callable[[Tensor, Tensor, Path | None, bool], Tensor]
 
@@ -125,8 +125,8 @@ class GraphedStep:
             mode, on a CUDA device. Its tensors stay where they are: values may be loaded into them, ``net.to`` must not
             be called.
         optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step; after
-            another setting or state, such as another group of parameters, or where other weights require gradients, its
-            steps are captured anew. What changes a setting in every step (the momentum, say) leaves nothing to replay.
+            another setting or state, with other parameters, or where others require gradients, its steps are captured
+            anew. What changes a setting every few steps (OneCycleLR the momentum, say) leaves nothing to replay.
         work: ``work(x, y, path, dense)`` does all of a step on the device and returns the loss, a tensor: it calls
             ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
             part of it (counters, schedules, printing) would run when it is captured, and never again.
@@ -173,8 +173,9 @@ class GraphedStep:
         self._shape: tuple[object, ...] | None = None
         self._recorded: object = None
         self._state: object = None
+        self._params: list[list[Tensor]] = []
         self._moments: list[tuple[Tensor, str, Tensor]] = []
-        self._in_vain = 0  # times that what was captured, or warm for it, was given up without a replay
+        self._in_vain = self._replays = 0  # starts anew that came too soon; replays since the last one
         self._rates: list[Tensor] = []
         self._filled: list[float | None] = []
 
@@ -204,7 +205,9 @@ class GraphedStep:
                 return self.work(x, y, path, False)
         self._fill_rates()
         graph.replay()
-        self._in_vain = 0
+        self._replays += 1
+        if self._replays >= WORTH:
+            self._in_vain = 0
         return graph.out.clone()
 
     def _settings(self) -> list[object]:
@@ -212,7 +215,7 @@ class GraphedStep:
         trained = [p.requires_grad for p in self.net.parameters()]
         varying = ("params", "lr", "initial_lr")
         groups = self.optimizer.param_groups
-        return [trained, *((len(g["params"]), *(v for k, v in g.items() if k not in varying)) for g in groups)]
+        return [trained, *((*map(id, g["params"]), *(v for k, v in g.items() if k not in varying)) for g in groups)]
 
     def _holds(self) -> bool:
         """Whether what was captured is still what a step is: graphs write into the state's tensors where they were."""
@@ -224,14 +227,16 @@ class GraphedStep:
     def _begin(self) -> bool:
         """Starts anew, after another setting or state; False: this has come so often that graphs are no use."""
         self._in_vain += self._recorded is not None
+        self._replays = 0
         self._forget()
         if self._in_vain > PATIENCE:
-            self.problem = "the optimizer's settings or state change so often that no captured step is used again"
+            self.problem = "the optimizer's settings or state change so often that captures are hardly ever used"
             warnings.warn(f"GraphedStep: {self.problem}; steps run one kernel at a time", stacklevel=3)
             return False
         self._recorded, self._state = self._settings(), self.optimizer.state
-        # float32: what the kernels of fused optimizers read.
         groups = self.optimizer.param_groups
+        self._params = [group["params"].copy() for group in groups]  # held, since the settings have their ids
+        # float32: what the kernels of fused optimizers read.
         self._rates = [torch.empty((), dtype=torch.float32, device=self.device) for _ in groups]
         self._filled = [None] * len(groups)
         return True

@@ -47,7 +47,7 @@ WAIT = 10.0  # seconds for the data workers of a training that was killed, which
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
 RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
 LOGS = (ROWS, TIMES, "metrics.csv")
-FOLDERS = {"checkpoints": ("step-*.ckpt", ".step-*.tmp"), "tensorboard": ("events.out.tfevents.*",)}  # and what is ours
+FOLDERS = {"checkpoints": (checkpoints.NAME, f".{checkpoints.NAME}.tmp"), "tensorboard": ("events.out.tfevents.*",)}
 # Beside the number of epochs, in which a run of the paper's recipe may differ from it.
 UNIMPORTANT = ("seed", "precision", "compile", "strategy", "sync_bn", "evaluate_every")
 PACKAGES = (
@@ -117,9 +117,12 @@ def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
     folder = out / "checkpoints"
     if fabric.is_global_zero:
         try:
-            ours = [file for name, kinds in FOLDERS.items() for kind in kinds for file in (out / name).glob(kind)]
-            for left in [*ours, *(out / name for name in (*LOGS, *RESULTS))] if anew else folder.glob(".step-*.tmp"):
-                left.unlink(missing_ok=True)  # of a run before, or of this one when it was killed while it wrote
+            old = list(folder.glob(FOLDERS["checkpoints"][1]))  # of a run that was killed while it wrote
+            if anew:
+                old += [file for name, kinds in FOLDERS.items() for kind in kinds for file in (out / name).glob(kind)]
+                old += [out / name for name in (*LOGS, *RESULTS)]
+            for file in old:
+                file.unlink(missing_ok=True)
             folder.mkdir(exist_ok=True)
         except OSError as error:
             reason = error.strerror or error

@@ -49,8 +49,10 @@ def recalibrate(
         >>> torch.allclose(deepest, net.train()(images, column=1), atol=0.1)  # the batch's statistics
         True
     """
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"recalibrate: expected loader to be iterable, got {type(loader).__name__}")
+    try:
+        batches_of_images = iter(loader)
+    except TypeError as error:
+        raise TypeError(f"recalibrate: expected loader to be iterable, got {type(loader).__name__}") from error
     if column is None:
         path = drop_path.full_path(len(model.blocks), model.columns)
     elif isinstance(column, int) and 0 <= column < model.columns:
@@ -74,7 +76,7 @@ def recalibrate(
             if isinstance(module, nn.Dropout):
                 module.eval()
         batches = 0
-        for batch in loader:
+        for batch in batches_of_images:
             images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
             if not isinstance(images, Tensor):
                 raise TypeError(

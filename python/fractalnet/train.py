@@ -275,7 +275,7 @@ class Run:
         folder, loss = out / "checkpoints", self.fabric.all_reduce(self.loss.clone(), reduce_op="sum").item()
         if not loss < float("inf"):
             why = f"the loss is {loss} in epoch {self.epoch + 1}: the training has diverged; lower the lr, in a new run"
-            raise UserError(f"{why}; {checkpoints.last_good(folder)}")
+            raise UserError(f"{why}; what was written before is in {folder}")
         path = checkpoints.save(self.fabric, folder, self.steps, self.state(outputs.log_size(out)))
         if self.fabric.is_global_zero:
             checkpoints.prune(folder, self.config.keep, self.best["checkpoint"])
