@@ -101,10 +101,10 @@ def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], l
             try:
                 code = process.wait(max(1.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                code = -1
-            if code:
-                late &= code == -1
-                why = f"not done in {limit:.0f} s" if code == -1 else f"exit status {code}"
+                code = None
+            if code != 0:
+                late &= code is None
+                why = f"not done in {limit:.0f} s" if code is None else f"exit status {code}"
                 failures.append(f"{why}; {log.name}: {last_line(log)}")
     finally:
         for process in processes:

@@ -123,16 +123,17 @@ class Config:
     compare_eager: bool = False
 
 
-# What must be at least this, or lie strictly inside these bounds.
+# What must be at least this.
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "evaluate_every": 1, "save_every": 1, "keep": 1, "nodes": 1,
-    "seed": 0, "data.translate": 0, "data.workers": 0, "data.image_size": 1, "schedule.warmup": 0,
+    "seed": 0, "data.translate": 0, "data.workers": 0, "data.image_size": 1,
 }  # fmt: skip
 INSIDE = {  # bounds as they are written, and whether they hold
     "clip": ("(0, inf)", lambda v: 0 < v < math.inf),
     "ema": ("(0, 1)", lambda v: 0 < v < 1),
     "label_smoothing": ("[0, 1)", lambda v: 0 <= v < 1),
     "schedule.factor": ("(0, 1]", lambda v: 0 < v <= 1),
+    "schedule.warmup": ("[0, inf)", lambda v: 0 <= v < math.inf),
     "optimizer.init_args.lr": ("(0, inf)", lambda v: 0 < v < math.inf),
     "seed": ("[0, 2**63)", lambda v: 0 <= v < 2**63),
 }
