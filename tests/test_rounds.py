@@ -67,8 +67,9 @@ def test_a_failure_is_not_late_wherever_it_is(tmp_path):
 
 def test_a_signal_is_not_late(tmp_path):
     log = tmp_path / "log.txt"
+    code = "import os, signal; signal.signal(1, signal.SIG_DFL); os.kill(os.getpid(), 1)"  # which nohup ignores
     with pytest.raises(gpu.Failed, match="exit status -1") as error:
-        gpu.finish([gpu.start(["-c", "import os; os.kill(os.getpid(), 1)"], log)], [log], 60)
+        gpu.finish([gpu.start(["-c", code], log)], [log], 60)
     assert type(error.value) is gpu.Failed
 
 
