@@ -1,6 +1,6 @@
-"""What ``torch.compiler`` says of functions, without importing the compiler, which takes seconds.
+"""What ``torch.compiler`` says of functions, without importing the compiler, which no import of ours needs.
 
-An import needs it as little as an evaluation does; a training has it with its first step, as by PyTorch's optimizers.
+Evaluation does not need it; a training has it with its first step, as by PyTorch's optimizers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-import yaml  # noqa: E402
 from fractalnet import (  # noqa: E402
     FractalNet,
     checkpoints,
@@ -34,22 +33,8 @@ from fractalnet.layers import init_conv  # noqa: E402
 from graph_twin import Twin  # noqa: E402
 from lightning.fabric import loggers  # noqa: E402
 from test_graphed import NETS, batches, build  # noqa: E402
+from test_runs import written  # noqa: E402
 from test_train import quick  # noqa: E402, F401
-
-RECIPE = {
-    "network": {"columns": 2, "channels": [4, 6]},
-    "data": {"source": "digits"},
-    "epochs": 1,
-    "batch_size": 500,
-    "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05, "momentum": 0.9}},
-    "tensorboard": False,
-}
-
-
-def written(folder, **changes):
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(RECIPE | changes))
-    return str(path)
 
 
 def bias_of(folder):

@@ -38,7 +38,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _pixels(t: Tensor) -> int:
-    return prod(t.shape[2:]) if t.shape[0] and t.shape[1] else 0  # t[0, 0].numel() takes ten times as long
+    return prod(t.shape[2:]) if t.shape[0] and t.shape[1] else 0  # t[0, 0].numel() would make a view first
 
 
 def _ceil(a: int, b: int) -> int:
