@@ -109,7 +109,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
-        needs_x = ctx.needs_input_grad[0]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[15:]]
         dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
             grad,
             x,
@@ -123,18 +123,18 @@ class _Block(torch.autograd.Function):
             saved,
             ctx.conv_bias,
             ctx.batch_stats,
-            needs_x,
+            needs,
             *ctx.options,
             ctx.donates and _runs_once(),
         )
         return (
-            dx if needs_x else None,
+            dx if needs[0] else None,
             None,
             dconv_bias if ctx.conv_bias else None,
             None if gamma is None else dgamma,
             None if beta is None else dbeta,
             *(None,) * 10,
-            *dweights,
+            *(dweight if needed else None for dweight, needed in zip(dweights, needs[1:], strict=True)),
         )
 
 
@@ -187,9 +187,10 @@ def fractal_block(
             norm; paths for the batch must be the same on all ranks); None: this process's batch.
         dense: run everything and mask: the definition that skipping is held against, and what a CUDA graph holds.
     Returns:
-        :class:`BlockOutput`. Gradients of weights that do not live are zeros. Loss, gradients and statistics equal the
-        dense execution's. Saved for backward: the live joins, convolution outputs and their statistics. On the CPU the
-        outputs' gradients are written over them, unless the graph is kept or saved_tensors_hooks see it.
+        :class:`BlockOutput`. Gradients of weights that do not live are zeros; those that require none cost nothing.
+        Loss, gradients and statistics equal the dense execution's. Saved for backward: the live joins, convolution
+        outputs and their statistics. On the CPU the outputs' gradients are written over them, unless the graph is kept
+        or saved_tensors_hooks see it.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
         RuntimeError: a gradient of dropout in training, or over a group, is differentiated.

@@ -39,7 +39,7 @@ _LIB.define(
 )
 _LIB.define(
     "block_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
-    " Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool needs_x, bool dense,"
+    " Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool[] needs, bool dense,"
     " float dropout, float eps, int flags, bool fixed, str backend, str group, bool donated=False) -> Tensor[]"
 )
 
@@ -137,7 +137,7 @@ def _block_backward(
     saved: list[Tensor],
     conv_bias: bool,
     batch_stats: bool,
-    needs_x: bool,
+    needs: list[bool],
     dense: bool,
     dropout: float,
     eps: float,
@@ -147,7 +147,8 @@ def _block_backward(
     group: str,
     donated: bool = False,
 ) -> list[Tensor]:
-    """[dx (empty if not needed), *dweights, dconv_bias, dgamma, dbeta (empty where there is no such parameter)].
+    """[dx, *dweights, dconv_bias, dgamma, dbeta]; empty where there is no such parameter, and what is not needed of
+    x and the weights, which ``needs`` says.
 
     ``donated``: ``saved`` is given away. The schema does not say that its tensors may be written: to the dispatcher and
     to compilers, which never donate, they are inputs like others.
@@ -177,7 +178,7 @@ def _block_backward(
     own = tuple(torch.empty_like(s) for s in sums[0]) if rows.group else sums[0]
     everywhere = x.new_full((MAX_BRANCHES,), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
     counts = torch.stack([count[u] for u in order]) if rows.counted and batch_stats else None
-    dweights: list[Tensor] = [x.new_empty(0)] * rows.rows
+    dweights: list[Tensor] = [x.new_empty(0) for _ in weights]  # each its own: outputs do not alias
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
     position, ds = len(order), [segment.part(grad) for segment in rows.segments]
     for row in range(rows.rows - 1, -1, -1):
@@ -185,8 +186,10 @@ def _block_backward(
         joined_here, outputs_here, dys_here = rows.joins(row), outputs[row], buffers.pop()
         end = position
         position -= len(rows.slots[row])
+        needs_source, needs_weight = row > 0 or needs[0], needs[1 + row]
         if not joined_here and not outputs_here and not rows.group:
-            dweights[row] = torch.zeros_like(weights[row])
+            if needs_weight:
+                dweights[row] = torch.zeros_like(weights[row])
             continue
         for i, segment, joined in joined_here:
             layer = layers.at(joined)
@@ -215,25 +218,29 @@ def _block_backward(
         for i, joined, arguments, stats in calls:
             targets = [dys[i].pop(u.id) for u in joined]
             launch.join_backward_apply(targets, *arguments, stats, eps, code, True)
-        needs = row > 0 or needs_x
         totals: dict[int, Tensor] = {}
         parts_of_weight = []
         for (conv, _), dy, noise in zip(outputs_here, dys_here, noises[row], strict=True):
-            source, weight = (
-                _source(launch, rows, row, conv, x, joins, ys, vectors, eps),
-                rows.weight(conv.group, weights),
-            )
+            weight, source_shape = rows.weight(conv.group, weights), (conv.size, weights[row].shape[1], *shape[2:])
+            if needs_weight:
+                source = _source(launch, rows, row, conv, x, joins, ys, vectors, eps)
+            elif needs_source or conv_bias:
+                source = empty(source_shape, x, True)  # nobody reads it
+            else:
+                continue
             if noise is not None:
                 dy = _aten.native_dropout_backward(dy, noise, 1.0 / (1.0 - dropout))
             own_conv = None if conv_bias else conv3x3.kernel(source, weight, backend)
             if own_conv:
-                if not dweights[row].numel() and not rows.several:
-                    dweights[row] = torch.empty_like(weights[row])
-                there = dweights[row].numel() > 0
-                dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
-                dsource = own_conv.conv_backward(dy, source, weight, needs, dweight)
+                dweight = None
+                if needs_weight:
+                    if not dweights[row].numel() and not rows.several:
+                        dweights[row] = torch.empty_like(weights[row])
+                    there = dweights[row].numel() > 0
+                    dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
+                dsource = own_conv.conv_backward(dy, source, weight, needs_source, dweight)
             else:
-                sizes, want = ([dy.shape[1]] if conv_bias else None), [needs, True, conv_bias]
+                sizes, want = ([dy.shape[1]] if conv_bias else None), [needs_source, needs_weight, conv_bias]
                 dsource, dweight, dbias = _aten.convolution_backward(
                     dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
                 )
@@ -244,8 +251,10 @@ def _block_backward(
                 for i in conv.segments:
                     part = rows.segments[i].part(dsource, conv.first)
                     totals[i] = totals[i].add_(part) if i in totals else part
-            parts_of_weight.append((conv.group, dweight))
-        dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows)
+            if dweight is not None:
+                parts_of_weight.append((conv.group, dweight))
+        if needs_weight:
+            dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows)
         for i, total in totals.items():
             ds[i] = total
     zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
@@ -254,7 +263,7 @@ def _block_backward(
         for p, s in ((gamma, own[1].unbind()), (beta, own[0].unbind()))
     )
     dx = x.new_empty(0)
-    if needs_x:
+    if needs[0]:
         dx = to_layout(ds[0], True) if len(ds) == 1 else empty(x.shape, x, True)
         for segment, d in zip(rows.segments if len(ds) > 1 else [], ds, strict=False):
             segment.part(dx).copy_(d)
@@ -362,7 +371,7 @@ def _block_backward_fake(
     saved: list[Tensor],
     conv_bias: bool,
     batch_stats: bool,
-    needs_x: bool,
+    needs: list[bool],
     dense: bool,
     dropout: float,
     eps: float,
@@ -372,10 +381,9 @@ def _block_backward_fake(
     group: str,
     donated: bool = False,
 ) -> list[Tensor]:
-    none = x.new_empty(0)
     return [
-        empty(x.shape, x, True) if needs_x else none,
-        *(torch.empty_like(w) for w in weights),
+        empty(x.shape, x, True) if needs[0] else x.new_empty(0),
+        *(torch.empty_like(w) if needed else x.new_empty(0) for w, needed in zip(weights, needs[1:], strict=True)),
         *(
             torch.empty_like(mean) if there else x.new_empty(0)
             for there in (conv_bias, gamma is not None, beta is not None)

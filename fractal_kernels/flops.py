@@ -65,9 +65,9 @@ def _block_forward(x: Tensor, weights: list[Tensor], *rest: Any, out_val: Any = 
 
 @_of_tensors
 def _block_backward(grad: Tensor, x: Tensor, weights: list[Tensor], *rest: Any, out_val: Any = None) -> int:
-    path, needs_x, dense, flags = rest[5], rest[9], rest[10], rest[13]
+    path, needs, dense, flags = rest[5], rest[9], rest[10], rest[13]
     rows = _rows(x, weights, path, dense, flags)
-    return 2 * sum(rows) - (0 if needs_x else rows[0])
+    return sum(work * ((r > 0 or needs[0]) + needs[1 + r]) for r, work in enumerate(rows))
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {

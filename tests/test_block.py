@@ -367,10 +367,11 @@ def test_opcheck():
     torch.library.opcheck(forward, arguments)
     out, count, mean, var, *saved = forward(*arguments)
     backward = torch.ops.fractal_kernels.block_backward
-    tail = (False, True, True, *options, True, "cpu", "")
-    torch.library.opcheck(
-        backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
-    )
+    for needs in ([True, True, True], [False, True, False], [False, False, False]):
+        tail = (False, True, needs, *options, True, "cpu", "")
+        torch.library.opcheck(
+            backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
+        )
 
 
 def test_float64_is_none_of_autocasts_business():

@@ -273,6 +273,7 @@ def test_other_runs_are_refused(tmp_path, refused, whole, monkeypatch):
     refused(["train", written(tmp_path), "--out", str(whole)], ["holds a run", "--resume", "--overwrite", "--out"])
     again, before = ["train", written(tmp_path), "--out", str(whole), "--resume"], files_of(whole)
     refused([*again, "--batch-size", "50", "--clip", "2"], ["--batch_size was 100, is 50", "--clip was 1.0, is 2.0"])
+    refused([*again, "--network.columns", "3"], ["--network.columns was 2, is 3"])
     refused([*again, "--data.source", "cifar9"], ["cifar9"])
     refused([*again, str(whole / "model.pt")], ["model.pt"])
     other = sources.digits

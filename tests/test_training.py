@@ -283,7 +283,8 @@ def test_code_in_a_checkpoint_to_resume_from_is_not_run(tmp_path):
     torch.save({"epoch": Code()}, tmp_path / "step-000000001.ckpt")
     options = {"strategy": "auto", "devices": "1", "nodes": 1, "accelerator": "cpu", "precision": "fp32"}
     with pytest.raises(files.UserError, match="not a checkpoint of a training|does not fit"):
-        checkpoints.load(devices.fabric_for(SimpleNamespace(**options)), tmp_path / "step-000000001.ckpt", {"epoch": 0})
+        fabric, path = devices.fabric_for(SimpleNamespace(**options)), tmp_path / "step-000000001.ckpt"
+        checkpoints.load(fabric, path, {"epoch": 0}, lambda run: None)
     assert not (tmp_path / "it ran").exists()
 
 

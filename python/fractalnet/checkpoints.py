@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .files import UserError, sync_folder
 
@@ -91,11 +94,18 @@ def prove(path: Path) -> None:
     raise UserError(f"checkpoint {path}: damaged ({reason}){offer if path.name.startswith('step-') else ''}")
 
 
-def load(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
-    """Reads a checkpoint into modules, optimizers and values of `state`, in place. Nothing in it is executed."""
+def load(fabric: Fabric, path: Path, state: dict[str, Any], fits: Callable[[dict[str, Any]], None]) -> None:
+    """Reads a checkpoint into modules, optimizers and values of `state`, in place. Nothing in it is executed.
+
+    `fits` sees what the checkpoint says of its run, and refuses it by a UserError, before a tensor is read: another
+    network's would be refused by a list of shapes.
+    """
     prove(path)
     try:
+        fits(torch.load(path, map_location="meta", mmap=True, weights_only=True)["run"])
         fabric.load(path, state, weights_only=True)
+    except UserError:
+        raise
     except (OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise UserError(f"checkpoint {path}: its content does not fit ({reason})") from error

@@ -289,15 +289,18 @@ class Run:
 
     def resume(self, out: FilePath, path: FilePath) -> None:
         """Goes back to the moment of a checkpoint; the log forgets what came after it."""
-        state = self.state()
-        checkpoints.load(self.fabric, path, state)
-        try:
-            run, place = state["run"], state["place"]
+
+        def fits(run: dict[str, Any]) -> None:
             differ = outputs.differences(json.loads(run["config"]), self.plain, FREE)
             if differ:
                 raise UserError(f"checkpoint {path}: written under other options: {'; '.join(differ)}")
             if run["data"] != self.data.fingerprint:
                 raise UserError(f"checkpoint {path}: {self.data.name} holds other images now than when it was written")
+
+        state = self.state()
+        checkpoints.load(self.fabric, path, state, fits)
+        try:
+            place = state["place"]
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.fabric.strategy.precision.load_state_dict(state["scaler"])

@@ -1,0 +1,104 @@
+"""A block of which weights are frozen: the other gradients as ever, and no work for what nobody asks for."""
+
+import fractalnet
+import pytest
+import torch
+from fractalnet.drop_path import column_path, full_path, sample_path
+from torch.utils.flop_counter import FlopCounterMode
+
+import fractal_kernels as fk
+from fractal_kernels import block_rows
+from fractal_kernels.flops import FORMULAS
+
+COLUMNS = 3
+PATHS = {
+    "full": full_path(1, COLUMNS),
+    "column": column_path(1, COLUMNS, 1),
+    "sample": sample_path(
+        1,
+        COLUMNS,
+        8,
+        local_drop=0.4,
+        global_ratio=0.6,
+        granularity="sample",
+        generator=torch.Generator().manual_seed(1),
+    ),
+}
+
+
+def gradients(net, x, path):
+    """Of x and of every parameter; None where there is none."""
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    net.zero_grad(set_to_none=True)
+    x.grad = None
+    net(x, path=path).square().sum().backward()
+    net.load_state_dict(start)
+    return {"x": x.grad} | {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])  # fp32: our convolution too
+@pytest.mark.parametrize("kind", list(PATHS))
+@pytest.mark.parametrize("frozen", [("x", "weights.0"), ("weights.1", "weights.3"), ("x", "weights."), ("x",)])
+def test_others_are_as_ever(monkeypatch, backend, frozen, kind, dtype):
+    monkeypatch.setattr(block_rows, "RANGES_PAY", 1)
+    torch.manual_seed(0)
+    channels = 16 if dtype == torch.float32 else 4
+    net = fractalnet.FractalNet(
+        5, COLUMNS, (channels,), image_size=8, conv_bias=kind == "full", granularity="sample"
+    ).to(dtype)
+    x = torch.randn(8, 3, 8, 8, dtype=dtype, requires_grad=True)
+    with fk.use_backend(backend):
+        expected = gradients(net, x, PATHS[kind])
+        x.requires_grad_("x" not in frozen)
+        for name, p in net.blocks[0].named_parameters():
+            p.requires_grad_(not any(name.startswith(f) for f in frozen))
+        got = gradients(net, x, PATHS[kind])
+    left = {name for name, g in got.items() if g is None}
+    assert left == {n for n in expected if any(n.removeprefix("blocks.0.").startswith(f) for f in frozen)}
+    for name in set(expected) - left:
+        assert torch.equal(got[name], expected[name]), name
+
+
+def flops_of_backward(net, x, path) -> int:
+    loss = net(x, path=path).sum()
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def test_frozen_weights_cost_nothing(monkeypatch):
+    """By count of the convolutions that run, which the formulas' count follows."""
+    net = fractalnet.FractalNet(5, 2, (4,), image_size=8)
+    x, path, ran = torch.randn(2, 3, 8, 8), full_path(1, 2), []
+    backward = fk.block_ops._aten.convolution_backward
+    monkeypatch.setattr(
+        fk.block_ops,
+        "_aten",
+        type("Counting", (), {"convolution_backward": staticmethod(lambda *a: (ran.append(a[-1]), backward(*a))[1])}),
+    )
+    every = flops_of_backward(net, x, path)
+    assert ran == [[True, True, False], [False, True, False]]
+    ran.clear()
+    net.blocks[0].weights.requires_grad_(False)
+    some = flops_of_backward(net, x, path)
+    assert ran == [[True, False, False]]
+    pixel = 2 * 2 * 8 * 8 * 9
+    assert every - some == pixel * (8 * 3 + 4 * 4)
+
+
+def test_traced(backend):
+    """Under torch.compile, where the operator's fake says what comes back."""
+    net = fractalnet.FractalNet(5, 2, (4,), image_size=8).double()
+    net.blocks[0].weights[0].requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    results = []
+    for f in (net, compiled):
+        net.zero_grad(set_to_none=True)
+        with fk.use_backend(backend):
+            f(x, path=full_path(1, 2)).square().sum().backward()
+        results.append([p.grad for p in net.parameters()])
+    assert [g is None for g in results[0]].count(True) == 1
+    for a, b in zip(*results, strict=True):
+        assert a is b is None or torch.allclose(a, b)
