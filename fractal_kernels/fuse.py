@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import random
 import sys
-from collections import OrderedDict
+import traceback
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.fx
@@ -21,6 +24,16 @@ __all__ = ["FuseReport", "fuse"]
 
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
+ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
+SOMETIMES = (
+    "its only use is not a torch.nn.ReLU module in every call: in training, evaluation, with or without options, twice"
+)
+ELSEWHERE = "it is used elsewhere too"
+# Of a model that cannot be traced: what its forward does with its children is not known.
+WHOLE = "its modules were searched, as if it ran each as a whole"
+
+# Per batch norm, for every call that was seen, what comes before it and the ReLU that is its only use, if that is so.
+Uses = dict[nn.BatchNorm2d, list[tuple[nn.Module | None, nn.Module | None]]]
 
 
 class FuseReport(NamedTuple):
@@ -36,17 +49,19 @@ class FuseReport(NamedTuple):
 
 
 class _Tracer(torch.fx.Tracer):
-    """Follows containers down to the modules that are looked for, and past this package's functions."""
+    """Follows containers down to the modules that are looked for, and past this package's functions; not into
+    ``opaque`` modules, which cannot be traced."""
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: set[nn.Module]) -> None:
         package = sys.modules[__package__]
         super().__init__(autowrap_modules=(math, package))  # type: ignore[arg-type]
         # Not its classes: a forward may ask for them.
         self._autowrap_function_ids -= {id(value) for value in vars(package).values() if isinstance(value, type)}
+        self.opaque = opaque
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, leaves) or m in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -56,21 +71,24 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_relu(module: nn.Module | None) -> bool:
-    """A ReLU that does nothing else: no subclass, no hooks."""
-    return type(module) is nn.ReLU and not _is_watched(module) and not module._forward_pre_hooks
+    """A ReLU that does nothing else: no subclass but our own, no hooks."""
+    if module is None or type(module) not in (nn.ReLU, FusedReLU):
+        return False
+    return not _is_watched(module) and not module._forward_pre_hooks
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
-    The ReLU becomes one that returns its input; parameters, buffers and ``state_dict`` keys stay as they are. A
-    ReLU that is also applied to something else stays, and its batch norm with it; so does a batch norm with hooks
-    on its output or gradients, or with a ``forward`` that was set on the object. The model's ``forward`` is traced
-    symbolically, in training and in evaluation, with all arguments and with none but the required ones; of what
-    else it does depending on its arguments, nothing is known. A model that cannot be traced is searched for
-    ``Sequential`` containers instead, of which it must use each as a whole. What is read between a batch norm and
-    its ReLU has had both. A convolution before such a batch norm runs as in :func:`conv_bn_relu` (its class is
-    another then): on the CPU, 3x3 ones are faster if the model and its input are in channels_last.
+    Parameters, buffers and ``state_dict`` keys stay as they are. The ReLU returns what such a batch norm returned as it
+    is, and stays a ReLU to everything else: one module may serve a whole residual block. A batch norm with hooks on its
+    output or gradients, or with a ``forward`` that was set on the object, is left. The model's ``forward`` is traced
+    symbolically, in training and in evaluation, with all arguments, with none but the required ones, and with each flag
+    turned over; of what else it does depending on its arguments or on chance, nothing is known. Of a model that cannot
+    be traced the modules are, each by itself: it must use them as a whole. What is read between a batch norm and its
+    ReLU, by another method of the model too, has had both. A convolution before such a batch norm runs as in
+    :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model and its input are in
+    channels_last.
 
     Args:
         model: any module.
@@ -88,38 +106,87 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    modules = dict(model.named_modules())
-    try:
-        pairs = _pairs_of_all_calls(model, modules)
-    except Exception as error:  # a forward that cannot be traced raises anything
-        pairs = _sequential_pairs(modules)
-        searched = "only its Sequential containers were searched, as if each ran as a whole"
-        reason = f"not traceable ({type(error).__name__}): {searched}"
-        skipped = [("model", reason)]
-    else:
-        skipped = []
+    names = {module: name for name, module in model.named_modules()}
+    slots = Counter(child for parent in names for child in parent._modules.values())
+    found = _search(model, slots)
+    skipped = [(names[module] or "model", reason) for module, reason in found.failed.items()]
     fused = []
-    relus = set()
-    for conv, bn, relu, problem in pairs:
-        module = modules.get(bn)
-        if not problem and type(module) is not nn.BatchNorm2d:
-            problem = f"it is a {type(module).__name__}, not a torch.nn.BatchNorm2d"
-        if problem:
-            skipped.append((bn, problem))
+    for bn, uses in sorted(found.uses.items(), key=lambda item: list(names).index(item[0])):
+        if problem := _problem(bn, uses) or (ELSEWHERE if bn in found.elsewhere else ""):
+            skipped.append((names[bn], problem))
             continue
-        module.__class__ = BatchNormReLU2d  # the same attributes, another forward
-        relus.add(relu)
-        fused.append(bn)
-        before = modules.get(conv)
-        if type(before) is nn.Conv2d and StepConv2d.may_be_ours(before):
-            before.__class__ = StepConv2d
-    for name in relus:
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, FusedReLU().train(modules[name].training))
-    for module in modules.values() if recompute else ():
+        # The same attributes, another forward. They are the same objects to whoever else holds them.
+        bn.__class__, bn.marks = BatchNormReLU2d, True  # type: ignore[assignment]
+        for before, relu in uses:
+            relu.__class__ = FusedReLU
+            if type(before) is nn.Conv2d and StepConv2d.may_be_ours(before):
+                before.__class__ = StepConv2d
+        fused.append(names[bn])
+    for module in names if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
             module.__class__, module.recompute = StepConv2d, True
     return FuseReport(fused, skipped)
+
+
+def _problem(bn: nn.BatchNorm2d, uses: list[tuple[nn.Module | None, nn.Module | None]]) -> str:
+    """Why a batch norm is left, or an empty string."""
+    if type(bn) is not nn.BatchNorm2d:
+        return f"it is a {type(bn).__name__}, not a torch.nn.BatchNorm2d"
+    if _is_watched(bn):
+        return WATCHED
+    followed = [_is_relu(relu) for _, relu in uses]
+    return "" if all(followed) else SOMETIMES if any(followed) else ALONE
+
+
+class _Found(NamedTuple):
+    """Of a search: ``failed`` modules could not be traced, for a reason, and ``opaque`` are those and others that hold
+    no batch norm; ``elsewhere`` are batch norms of which not every use may have been seen."""
+
+    uses: Uses
+    failed: dict[nn.Module, str]
+    opaque: set[nn.Module]
+    elsewhere: set[nn.BatchNorm2d]
+
+
+def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
+    """The batch norms of a model, or of those of its modules that can be traced."""
+    runs = type(model).forward is not nn.Module.forward  # a ModuleList does not
+    with suppress(Exception):  # a forward that cannot be traced raises anything
+        return _Found(_uses_in_all_calls(model, set()), {}, set(), set())
+    found = _Found({}, {}, set(), set())
+    for child in model.children():
+        if isinstance(child, nn.BatchNorm2d):
+            continue
+        if not any(isinstance(m, nn.BatchNorm2d) for m in child.modules()):
+            with suppress(Exception), _as_it_was(child):
+                _Tracer(set()).trace(child)
+                continue
+            found.opaque.add(child)
+            continue
+        inner = _search(child, slots)
+        for bn, calls in inner.uses.items():
+            found.uses.setdefault(bn, []).extend(calls)
+        found.failed.update(inner.failed)
+        found.opaque.update(inner.opaque)
+    found.elsewhere.update(bn for bn in found.uses if slots[bn] > 1)
+    if runs:
+        try:
+            seen = _uses_in_all_calls(model, found.opaque)
+        except Exception as error:
+            found.failed[model] = f"not traceable ({_place(error)}): {WHOLE}"
+            found.opaque.add(model)
+        else:
+            found.uses.update(seen)
+            found.elsewhere.difference_update(seen)
+    return found
+
+
+def _place(error: Exception) -> str:
+    """The error's class, and the line of the model's code at which it came up."""
+    ours = tuple(str(Path(str(module.__file__)).parent) for module in (torch, sys.modules[__package__]))
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else ""
+    return type(error).__name__ + at
 
 
 def _containers(module: nn.Module) -> list[Any]:
@@ -138,17 +205,22 @@ def _containers(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """A trace runs ``forward``: modes, assigned attributes, buffers and PyTorch's random numbers are put back."""
+    """A trace runs ``forward``: modes, assigned attributes, buffers and random numbers are put back."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
     modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
     held = [c for m in modules for c in _containers(m)]
     before = [copy.copy(c) for c in held]
+    numpy, python = sys.modules.get("numpy"), random.getstate()
+    drawn = numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(drawn)
         for container, values in zip(held, before, strict=True):
             container.clear()
             container.extend(values) if isinstance(container, list) else container.update(values)
@@ -160,85 +232,50 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _pairs_of_all_calls(model: nn.Module, modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
-    """:func:`_traced_pairs`, but for what training and evaluation, or calls with and without options, do not do alike.
+def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
+    """:func:`_uses` in training and in evaluation, with all arguments, without options, with each flag turned over.
 
-    What a call without options refuses is known only with them.
+    What a call refuses, nobody calls; but of all arguments and of none but the required ones one must go through.
     """
+    if "forward" in vars(model):  # which torch.fx would not trace
+        raise TypeError("a forward that was set on the object")
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    found: list[list[tuple[str, str, str, str]]] = []
-    with _as_it_was(model):
-        for mode in (True, False):
-            for module in modules.values():
-                module.training = mode  # not train(), which may do anything
-            found.append(_traced_pairs(model, modules))
-            if defaults:
-                with suppress(Exception):
-                    found.append(_traced_pairs(model, modules, defaults))
-    other = "it is used in another way in training than in evaluation, or without optional arguments"
-    every = {pair[1]: pair for pairs in reversed(found) for pair in pairs}
-    pairs = [pair if all(pair in pairs for pairs in found) else (*pair[:3], other) for pair in every.values()]
-    # A ReLU goes away for all that it is applied to, in every trace.
-    kept = {relu for traced in found for _, bn, relu, _ in traced if every[bn][2] != relu}
-    kept |= {relu for _, _, relu, problem in pairs if problem}
-    shared = "its ReLU module is used elsewhere too"
-    return [pair if pair[3] or pair[2] not in kept else (*pair[:3], shared) for pair in pairs]
+    options = [None, *([defaults] if defaults else [])]
+    flags = [defaults | {name: not value} for name, value in defaults.items() if isinstance(value, bool)]
+    found: Uses = {}
+    for mode in (True, False):
+        failed: Exception | None = None
+        done = False
+        for arguments in (*options, *flags):
+            with _as_it_was(model):
+                for module in model.modules():
+                    module.training = mode  # not train(), which may do anything
+                try:
+                    uses = _uses(model, opaque, arguments)
+                except Exception as error:
+                    failed = failed or error
+                    continue
+            done |= arguments is None or arguments is defaults
+            for bn, calls in uses.items():
+                found.setdefault(bn, []).extend(calls)
+        if failed and not done:
+            raise failed
+    return found
 
 
-def _traced_pairs(
-    model: nn.Module, modules: dict[str, nn.Module], arguments: dict[str, Any] | None = None
-) -> list[tuple[str, str, str, str]]:
-    """(what comes before, batch norm, ReLU, why not) for every batch norm of the model, traced with these arguments."""
-    graph = _Tracer().trace(model, arguments)
-    calls: dict[str, list[torch.fx.Node]] = {}
+def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any] | None) -> Uses:
+    """The batch norms of one trace, with these arguments, that are not fused yet."""
+    graph, modules = _Tracer(opaque).trace(model, arguments), dict(model.named_modules())
+
+    def module_of(node: Any) -> nn.Module | None:
+        return modules.get(str(node.target)) if isinstance(node, torch.fx.Node) and node.op == "call_module" else None
+
+    found: Uses = {}
     for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-
-    def module_of(node: torch.fx.Node) -> nn.Module | None:
-        return modules.get(str(node.target)) if node.op == "call_module" else None
-
-    problems: dict[str, str] = {}
-    relu_of: dict[str, str] = {}
-    for name, nodes in calls.items():
-        if not isinstance(modules[name], nn.BatchNorm2d) or isinstance(modules[name], BatchNormReLU2d):
-            continue
-        users = list(nodes[0].users)
-        relu_of[name] = str(users[0].target) if len(users) == 1 and users[0].op == "call_module" else ""
-        if type(modules[name]) is not nn.BatchNorm2d:
-            problems[name] = f"it is a {type(modules[name]).__name__}, not a torch.nn.BatchNorm2d"
-        elif len(nodes) > 1:
-            problems[name] = "it is called more than once"
-        elif _is_watched(modules[name]):
-            problems[name] = WATCHED
-        elif len(users) != 1 or not _is_relu(module_of(users[0])):
-            problems[name] = "its only use is not a torch.nn.ReLU module (without hooks)"
-    fusable = {name for name in relu_of if name not in problems}
-    for name in fusable:  # its ReLU goes away: everything that it is applied to must be fused
-        inputs = [arg for node in calls[relu_of[name]] for arg in node.all_input_nodes]
-        if any(arg.op != "call_module" or str(arg.target) not in fusable for arg in inputs):
-            problems[name] = "its ReLU module is used elsewhere too"
-    before = {name: str(calls[name][0].all_input_nodes[0].target) for name in relu_of}
-    return [(before[name], name, relu, problems.get(name, "")) for name, relu in relu_of.items()]
-
-
-def _sequential_pairs(modules: dict[str, nn.Module]) -> list[tuple[str, str, str, str]]:
-    pairs = []
-    for name, module in modules.items():
-        if not isinstance(module, nn.Sequential):
-            continue
-        if getattr(module.forward, "__func__", None) is not nn.Sequential.forward:  # a class's, or an object's own
-            continue
-        children = [(child, m) for child, m in module._modules.items() if m is not None]  # repeats too
-        prefix = f"{name}." if name else ""
-        names = ["", *(child for child, _ in children)]
-        for before, (a, first), (b, second) in zip(names, children, children[1:], strict=False):
-            if isinstance(first, nn.BatchNorm2d) and _is_relu(second):
-                held = [child for parent in modules.values() for child in parent._modules.values()]
-                shared = any(sum(m is child for child in held) > 1 for m in (first, second))
-                problem = "it or its ReLU module is used elsewhere too" if shared else ""
-                if _is_watched(first):
-                    problem = WATCHED
-                pairs.append((prefix + before, prefix + a, prefix + b, problem))
-    return pairs
+        bn = module_of(node)
+        if isinstance(bn, nn.BatchNorm2d) and not isinstance(bn, BatchNormReLU2d):
+            before = module_of(node.all_input_nodes[0]) if node.all_input_nodes else None
+            relu = module_of(next(iter(node.users))) if len(node.users) == 1 else None
+            found.setdefault(bn, []).append((before, relu))
+    return found

@@ -102,10 +102,11 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     """
 
     sync_group: object = None  # set by sync_batch_norm
+    marks = False  # set by fuse: whether a FusedReLU is to know its outputs
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        return bn_relu(
+        out = bn_relu(
             input,
             self.weight,
             self.bias,
@@ -115,6 +116,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             self.eps,
             group=self.sync_group,
         )
+        if self.marks:
+            out.rectified = True  # type: ignore[attr-defined]
+        return out
 
 
 class StepConv2d(nn.Conv2d):
@@ -139,9 +143,15 @@ class StepConv2d(nn.Conv2d):
 
 
 class FusedReLU(nn.ReLU):
-    """Where a ReLU was that a batch norm does now: still one to whoever looks for it, as feature extractors do."""
+    """A ReLU behind batch norms that ``fuse`` has fused: what they return is returned as it is.
+
+    To everything else it is a ReLU, and to whoever looks for one, as feature extractors do.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if getattr(input, "rectified", False) is not True:
+            return super().forward(input)
+        input.rectified = False  # type: ignore[attr-defined]  # it may be changed in place, and come again
         return input
 
 
