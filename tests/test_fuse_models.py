@@ -166,6 +166,17 @@ def test_wrapped_models():
     assert fuse(averaged).fused == ["module.bn"]
 
 
+def test_batch_norms_that_are_converted_later():
+    """The model's own ReLU does its work again."""
+    model, x = ResNet(shared=True).eval(), torch.randn(4, 3, 6, 6)
+    expected = model(x)
+    fuse(model)
+    torch.testing.assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))(x), expected)
+    stem = model.stem
+    stem[0], stem[1] = torch.nn.utils.fuse_conv_bn_eval(stem[0], stem[1]), nn.Identity()
+    torch.testing.assert_close(model(x), expected)
+
+
 # --- arguments and chance -------------------------------------------------------------------------
 
 
