@@ -25,9 +25,7 @@ __all__ = ["FuseReport", "fuse"]
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
-SOMETIMES = (
-    "its only use is not a torch.nn.ReLU module in every call: in training, evaluation, with or without options, twice"
-)
+SOMETIMES = "a torch.nn.ReLU module is its only use in some calls, not in others (training, evaluation, options)"
 ELSEWHERE = "it is used elsewhere too"
 # Of a model that cannot be traced: what its forward does with its children is not known.
 WHOLE = "its modules were searched, as if it ran each as a whole"
@@ -107,11 +105,12 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
+    order = {module: i for i, module in enumerate(names)}
     slots = Counter(child for parent in names for child in parent._modules.values())
     found = _search(model, slots)
     skipped = [(names[module] or "model", reason) for module, reason in found.failed.items()]
     fused = []
-    for bn, uses in sorted(found.uses.items(), key=lambda item: list(names).index(item[0])):
+    for bn, uses in sorted(found.uses.items(), key=lambda item: order[item[0]]):
         if problem := _problem(bn, uses) or (ELSEWHERE if bn in found.elsewhere else ""):
             skipped.append((names[bn], problem))
             continue
