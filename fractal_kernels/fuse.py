@@ -25,13 +25,21 @@ __all__ = ["FuseReport", "fuse"]
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
-SOMETIMES = "a torch.nn.ReLU module is its only use in some calls, not in others (training, evaluation, options)"
+SOMETIMES = "its only use is a torch.nn.ReLU module in some calls, not in others (training, evaluation, options)"
 ELSEWHERE = "it is used elsewhere too"
 # Of a model that cannot be traced: what its forward does with its children is not known.
 WHOLE = "its modules were searched, as if it ran each as a whole"
 
-# Per batch norm, for every call that was seen, what comes before it and the ReLU that is its only use, if that is so.
-Uses = dict[nn.BatchNorm2d, list[tuple[nn.Module | None, nn.Module | None]]]
+
+class Use(NamedTuple):
+    """Of a batch norm's call: what comes before it, the module that alone has its output, if so, and all in words."""
+
+    before: nn.Module | None
+    after: nn.Module | None
+    words: str
+
+
+Uses = dict[nn.BatchNorm2d, list[Use]]
 
 
 class FuseReport(NamedTuple):
@@ -79,8 +87,9 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
     Parameters, buffers and ``state_dict`` keys stay as they are. The ReLU returns what such a batch norm returned as it
-    is, and stays a ReLU to everything else: one module may serve a whole residual block. A batch norm with hooks on its
-    output or gradients, or with a ``forward`` that was set on the object, is left. The model's ``forward`` is traced
+    is, and stays a ReLU to everything else: one module may serve a whole residual block. Left are a batch norm whose
+    ReLU is a function, which nobody can swap (the report names it), one with hooks on its output or gradients, and one
+    with a ``forward`` that was set on the object. The model's ``forward`` is traced
     symbolically, in training and in evaluation, with all arguments, with none but the required ones, and with each flag
     turned over; of what else it does depending on its arguments or on chance, nothing is known. Of a model that cannot
     be traced the modules are, each by itself: it must use them as a whole. What is read between a batch norm and its
@@ -116,10 +125,10 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
             continue
         # The same attributes, another forward. They are the same objects to whoever else holds them.
         bn.__class__, bn.marks = BatchNormReLU2d, True  # type: ignore[assignment]
-        for before, relu in uses:
-            relu.__class__ = FusedReLU
-            if type(before) is nn.Conv2d and StepConv2d.may_be_ours(before):
-                before.__class__ = StepConv2d
+        for use in uses:
+            use.after.__class__ = FusedReLU
+            if type(use.before) is nn.Conv2d and StepConv2d.may_be_ours(use.before):
+                use.before.__class__ = StepConv2d
         fused.append(names[bn])
     for module in names if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
@@ -127,14 +136,16 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     return FuseReport(fused, skipped)
 
 
-def _problem(bn: nn.BatchNorm2d, uses: list[tuple[nn.Module | None, nn.Module | None]]) -> str:
+def _problem(bn: nn.BatchNorm2d, uses: list[Use]) -> str:
     """Why a batch norm is left, or an empty string."""
     if type(bn) is not nn.BatchNorm2d:
         return f"it is a {type(bn).__name__}, not a torch.nn.BatchNorm2d"
     if _is_watched(bn):
         return WATCHED
-    followed = [_is_relu(relu) for _, relu in uses]
-    return "" if all(followed) else SOMETIMES if any(followed) else ALONE
+    others = sorted({use.words for use in uses if not _is_relu(use.after)})
+    if not others:
+        return ""
+    return f"{SOMETIMES if any(_is_relu(use.after) for use in uses) else ALONE}: {'; '.join(others)}"
 
 
 class _Found(NamedTuple):
@@ -275,6 +286,13 @@ def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any] | 
         bn = module_of(node)
         if isinstance(bn, nn.BatchNorm2d) and not isinstance(bn, BatchNormReLU2d):
             before = module_of(node.all_input_nodes[0]) if node.all_input_nodes else None
-            relu = module_of(next(iter(node.users))) if len(node.users) == 1 else None
-            found.setdefault(bn, []).append((before, relu))
+            after = module_of(next(iter(node.users))) if len(node.users) == 1 else None
+            words = ", ".join(_in_words(user, module_of(user)) for user in node.users) or "nothing"
+            found.setdefault(bn, []).append(Use(before, after, words))
     return found
+
+
+def _in_words(node: torch.fx.Node, module: nn.Module | None) -> str:
+    if module is not None:
+        return type(module).__name__
+    return "the output" if node.op == "output" else f"{getattr(node.target, '__name__', node.target)}()"
