@@ -103,6 +103,16 @@ def test_ranks_go_on(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@ALL
+def test_sharded_ranks_go_on(tmp_path):
+    """From a checkpoint inside an epoch, to the same bytes."""
+    options = ["--devices", "2", "--strategy", "fsdp", "--precision", "fp32", "--save_every", "4", "--keep", "9"]
+    finish(start(tmp_path, "run", *options))
+    whole = {name: (tmp_path / "run" / name).read_bytes() for name in ("model.pt", "metrics.jsonl")}
+    finish(start(tmp_path, "run", *options, "--resume", str(tmp_path / "run/checkpoints/step-000000008.ckpt")))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in whole} == whole
+
+
 def children(process):
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()]

@@ -59,6 +59,16 @@ def test_a_refused_resume_deletes_nothing(tmp_path, whole, refused):
     assert [path.name for path in checkpoints.saved(out / "checkpoints")] == names and len(names) == 3
 
 
+def test_the_place_says_which_path_comes_next(tmp_path, whole, monkeypatch):
+    """Where the extra state of modules is not read, as under fsdp."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    monkeypatch.setattr(FractalNet, "set_extra_state", lambda *_: None)
+    first = checkpoints.saved(out / "checkpoints")[0]
+    assert main(["train", "--out", str(out), "--resume", str(first)]) == 0
+    assert (out / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
+
+
 def test_one_training_writes_to_a_folder(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(outputs, "WAIT", 0.3)
     fcntl = pytest.importorskip("fcntl")

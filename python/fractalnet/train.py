@@ -306,6 +306,8 @@ class Run:
             self.fabric.strategy.precision.load_state_dict(state["scaler"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.epoch, self.batch, self.best, self.rate = (place[key] for key in ("epoch", "batch", "best", "rate"))
+            if isinstance(self.net, FractalNet):  # a path per batch; Fabric reads no extra state into sharded modules
+                self.net.path_step = self.steps
             losses, rank = state["loss"], self.fabric.global_rank
             if len(losses) != self.fabric.world_size:  # other devices than before: what matters is the sum
                 losses = torch.cat([losses.sum().view(1), losses.new_zeros(self.fabric.world_size - 1)])
