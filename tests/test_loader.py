@@ -280,7 +280,7 @@ def test_ranks_share_the_batch_of_one_process(images, world, augment):
     joined = [
         (torch.cat([x for x, _, _ in p]), torch.cat([y for _, y, _ in p]), p[0][2]) for p in zip(*parts, strict=True)
     ]
-    assert same(joined, single)
+    assert same(joined, single) and all(same(batches(r.whole(), 4), single) for r in ranks)
     for p in zip(*parts, strict=True):
         sizes = [len(y) for _, y, _ in p]
         assert max(sizes) - min(sizes) <= 1
@@ -316,6 +316,9 @@ def test_streamed_batches(files):
         assert torch.equal(whole[0], torch.cat([x for x, _, _ in parts]))
         assert torch.equal(whole[1], torch.cat([y for _, y, _ in parts]))
     assert ranks[0][-1][0].shape == (0, 3, 12, 12)
+    part = Loader(files, 4, seed=0, augment=STREAMED, world_size=3, workers=1)
+    assert same(batches(part.whole(), 0), first) and same(batches(part, 0), ranks[0])
+    part.close()
 
 
 def test_a_view_depends_on_epoch_and_image_not_on_its_batch(files):

@@ -258,14 +258,29 @@ def test_arguments_that_eager_shares():
     assert dropout.startswith("dropout (0.0, 0.1")
 
 
-def test_what_is_trained_is_kept_whatever_follows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["measure", "compare_steps"])
+def test_what_is_trained_is_kept_whatever_follows(what, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("a wrong network")
 
-    monkeypatch.setattr(evaluate, "compare_steps", broken)
-    with pytest.raises(RuntimeError, match="a wrong network"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a wrong network"):
+        patch.setattr(evaluate, what, broken)
         main(["train", written(tmp_path, compare_eager=True), "--out", str(tmp_path / "run")])
     assert main(["eval", "--checkpoint", str(tmp_path / "run" / "model.pt")]) == 0
+
+
+def test_what_is_measured_is_of_the_whole_batch(tmp_path, monkeypatch):
+    """The first rank's is empty where there are more ranks than images in a batch."""
+    conclude = outputs.conclude
+
+    def of_many_ranks(this, out):
+        this.holdout.world_size = 1000
+        return conclude(this, out)
+
+    monkeypatch.setattr(outputs, "conclude", of_many_ranks)
+    assert main(["train", written(tmp_path), "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert all(column["timed"] == [1, 100] for column in metrics["columns"])
 
 
 def metrics_of(name, *options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -139,6 +140,12 @@ class Loader:
     def part(self, total: int) -> tuple[int, int]:
         """Where this rank's part of a batch of so many images begins and ends."""
         return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
+
+    def whole(self) -> Loader:
+        """These batches as a single process has them; the images and the worker processes are shared."""
+        one = copy.copy(self)
+        one.rank, one.world_size = 0, 1
+        return one
 
     def _span(self, batch: int) -> tuple[int, int, int, int]:
         """This rank's part of a batch: from, to, its place in the batch, and the batch's size."""

@@ -292,9 +292,12 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
     model = evaluate.build(this.arguments, this.name)
     model.load_state_dict(state)
     model.to(this.fabric.device, torch.float32).eval()
+    images = trained.facts(this.config.data, this.augment, this.data)
+    # First and by itself, whatever becomes of what follows.
+    write(out, {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)})
     seconds, inside, beside = (spent(out, key) for key in ("seconds", "in_steps", "evaluating_and_saving"))
     print(f"trained in {seconds:.0f} s; measuring ...", flush=True)
-    x, y, _ = next(this.holdout.epoch(0))
+    x, _, _ = next(this.holdout.whole().epoch(0))  # the first rank's part may be empty
     columns = evaluate.measure(model, this.history[-1]["holdout"], x, len(this.data.test))
     metrics = {
         "recipe": this.name,
@@ -309,9 +312,6 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
         "columns": columns,
         "history": this.history,
     }
-    images = trained.facts(this.config.data, this.augment, this.data)
-    # First and by itself, whatever becomes of what follows.
-    write(out, {"model.pt": trained.pack(this.arguments, state, this.name, this.plain, images)})
     files: dict[str, bytes] = {}
     if len(columns) > 1:
         files["accuracy.png"] = plots.accuracies(columns)
