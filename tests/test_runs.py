@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,18 @@ def test_one_training_writes_to_a_folder(tmp_path, refused, monkeypatch):
 def test_options_that_do_not_fit(options, words, refused, tmp_path):
     refused(["train", written(tmp_path), "--out", str(tmp_path / "run"), *options], words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ranks", "sync_bn"), [(3, False), (2, False), (3, True)])
+def test_ranks_without_images_have_no_statistics(ranks, sync_bn, tmp_path):
+    """Their first values would be averaged into those of the others."""
+    options = ["--batch_size", "2", "--sync_bn", str(sync_bn).lower(), "--network.columns", "99"]
+    fabric = SimpleNamespace(rank_zero_first=nullcontext, global_rank=0, world_size=ranks, device="cpu")
+    with pytest.raises(UserError) as told:
+        train.Run(*config.load(written(tmp_path), options), "small", fabric)
+    refused = ranks == 3 and not sync_bn  # else what comes next: so many columns
+    wanted = "--sync_bn false: expected batches of 3 or more on as many ranks, got 2" if refused else "columns"
+    assert wanted in str(told.value)
 
 
 def test_data_of_one_class(tmp_path, refused):

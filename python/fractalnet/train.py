@@ -65,6 +65,9 @@ class Run:
         common = {"seed": config.seed, "device": fabric.device, "workers": config.data.workers}
         common |= {"rank": fabric.global_rank, "world_size": fabric.world_size}
         self.loader = Loader(self.data.train, config.batch_size, augment=self.augment, **common)
+        least, got = fabric.world_size, min(config.batch_size, self.loader.count)
+        if got < least and not config.sync_bn:  # a rank without images has no statistics to be averaged
+            raise UserError(f"train: --sync_bn false: expected batches of {least} or more on as many ranks, got {got}")
         size = max(evaluate.CHUNK if not self.data.streamed else config.batch_size, fabric.world_size)
         self.holdout = Loader(self.data.test, size, augment=self.augment.eval(), shuffle=False, **common)
 
