@@ -287,12 +287,15 @@ def test_what_is_measured_is_of_the_whole_batch(tmp_path, monkeypatch):
     conclude = outputs.conclude
 
     def of_many_ranks(this, out):
-        this.holdout.world_size = 1000
+        this.loader.world_size = this.holdout.world_size = 1000
         return conclude(this, out)
 
     monkeypatch.setattr(outputs, "conclude", of_many_ranks)
-    assert main(["train", written(tmp_path), "--out", str(tmp_path / "run")]) == 0
+    held = []
+    monkeypatch.setattr(evaluate, "hold_together", lambda fused, eager, x: held.append(len(x)))
+    assert main(["train", written(tmp_path, compare_eager=True), "--out", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"]["batch_size"] == 500 and held == [100]
     assert all(column["timed"] == [1, 100] for column in metrics["columns"])
 
 

@@ -225,7 +225,7 @@ def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
 
     A figure is the mean over the paths of the median of each one's passes. The eager network draws per-sample masks.
     """
-    x, y, _ = next(this.loader.epoch(0))
+    x, y, _ = next(this.loader.whole().epoch(0))  # the run's batch, not the first rank's part of it
     momentum = this.optimizer.param_groups[0].get("momentum", 0.0)
     fused = build(this.arguments, this.name).to(x.device)
     fused.load_state_dict(model.state_dict())
@@ -244,7 +244,7 @@ def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
         drop = drop_path.rate(model.local_drop, 0)
         eager = baseline(columns=model.columns, channels=model.channels, local_drop=drop, **shape).to(x.device)
         eager.load_from(model)
-        hold_together(fused, eager, next(this.holdout.epoch(0))[0][:100])
+        hold_together(fused, eager, next(this.holdout.whole().epoch(0))[0][:100])
         nets["eager"], forwards["eager"] = eager, lambda i: eager(x)
     saved = {"fused": saved_bytes(fused, lambda: F.cross_entropy(fused(x, path=full), y))}
     if baseline is not None:
