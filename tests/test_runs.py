@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,19 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import yaml  # noqa: E402
-from fractalnet import FractalNet, checkpoints, config, create, drop_path, evaluate, outputs, summary, train, trained  # noqa: E402
+from fractalnet import (  # noqa: E402
+    FractalNet,
+    checkpoints,
+    config,
+    create,
+    devices,
+    drop_path,
+    evaluate,
+    outputs,
+    summary,
+    train,
+    trained,
+)
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 from image_files import write_folder  # noqa: E402
@@ -108,6 +121,15 @@ def test_ranks_without_images_have_no_statistics(ranks, sync_bn, tmp_path):
     refused = ranks == 3 and not sync_bn  # else what comes next: so many columns
     wanted = "--sync_bn false: expected batches of 3 or more on as many ranks, got 2" if refused else "columns"
     assert wanted in str(told.value)
+
+
+def test_adafactor_has_no_sharded_weights(tmp_path):
+    """Asked of a run that is not launched: the strategy of its options alone is fsdp."""
+    found, plain = config.load(written(tmp_path, accelerator="cpu"), ["--optimizer", "Adafactor"])
+    fabric = devices.fabric_for(found)
+    train.Run(found, plain, "small", fabric)
+    with pytest.raises(UserError, match="expected one of torch.optim but Adafactor: PyTorch has none .* fsdp shards"):
+        train.Run(replace(found, strategy="fsdp"), plain, "small", fabric)
 
 
 def test_data_of_one_class(tmp_path, refused):

@@ -88,9 +88,11 @@ class Run:
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"recipe {name}: optimizer: {' '.join(str(error).split())}") from error
         kind = type(self.optimizer.optimizer).__name__
-        if kind in ("LBFGS", "SparseAdam"):
-            why = "it calls the step again" if kind == "LBFGS" else "its gradients are sparse"
-            raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {why}")
+        unfit = {"LBFGS": "it calls the step again", "SparseAdam": "its gradients are sparse"}
+        if config.strategy == "fsdp":
+            unfit["Adafactor"] = "PyTorch has none of weights that --strategy fsdp shards"
+        if kind in unfit:
+            raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {unfit[kind]}")
         if config.strategy == "fsdp" and kind == "SGD":
             unfuse(self.optimizer.optimizer)
         fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
