@@ -108,6 +108,19 @@ def test_only_tf32_rounds_factors(precision, kept):
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+@pytest.mark.parametrize(
+    "started, chosen, counts", [(2, "1", "1 times 1"), (3, "2", "2 times 1"), (1, "2", "2 times 1")]
+)
+def test_torchrun_starts_as_many_processes_as_there_are_devices(started, chosen, counts, monkeypatch):
+    options = {"strategy": "auto", "devices": chosen, "nodes": 1, "accelerator": "cpu", "precision": "fp32"}
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": started, "RANK": 0, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(files.UserError, match=f"to be {started}, torchrun's processes, got {counts}"):
+        devices.fabric_for(SimpleNamespace(**options))
+    monkeypatch.setenv("WORLD_SIZE", chosen)
+    devices.fabric_for(SimpleNamespace(**options))
+
+
 @pytest.mark.parametrize("what", ["files", "checkpoint"])
 def test_what_is_renamed_is_on_the_disk(what, tmp_path, monkeypatch):
     """File, name, then the folder: else a machine that loses its power may leave an empty file under the name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not
 
 def fabric_for(config: Config) -> Fabric:
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     def shard(model: nn.Module, _: object) -> nn.Module:
@@ -53,6 +55,11 @@ def fabric_for(config: Config) -> Fabric:
         raise UserError(f"train: {' '.join(str(error).split())}") from error
     except Exception as error:  # lightning's own MisconfigurationException
         raise UserError(f"train: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    here = fabric.strategy.num_processes if is_parallel(fabric) else 1
+    if TorchElasticEnvironment.detect() and (started := int(os.environ["WORLD_SIZE"])) != here * config.nodes:
+        # Else Lightning raises an error of its own, or every process is a training by itself, in the same folder.
+        got = f"{here} times {config.nodes}"
+        raise UserError(f"train: expected --devices times --nodes to be {started}, torchrun's processes, got {got}")
     if config.precision == "fp64":  # the loss too: Fabric makes float32 of what a network returns
         fabric.strategy.precision.convert_output = lambda data: data
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place
