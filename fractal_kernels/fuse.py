@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import random
@@ -27,19 +26,20 @@ WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU 
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
 SOMETIMES = "its only use is a torch.nn.ReLU module in some calls, not in others (training, evaluation, options)"
 ELSEWHERE = "it is used elsewhere too"
+UNSEEN = "no call of it was seen"
 # Of a model that cannot be traced: what its forward does with its children is not known.
 WHOLE = "its modules were searched, as if it ran each as a whole"
 
 
 class Use(NamedTuple):
-    """Of a batch norm's call: what comes before it, the module that alone has its output, if so, and all in words."""
+    """Of a call: the module before it, the one that alone has its output, if so, and what has the output in words."""
 
     before: nn.Module | None
     after: nn.Module | None
     words: str
 
 
-Uses = dict[nn.BatchNorm2d, list[Use]]
+Uses = dict[nn.Module, list[Use]]  # of batch norms and ReLUs
 
 
 class FuseReport(NamedTuple):
@@ -89,13 +89,14 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     Parameters, buffers and ``state_dict`` keys stay as they are. The ReLU returns what such a batch norm returned as it
     is, and stays a ReLU to everything else: one module may serve a whole residual block. Left are a batch norm whose
     ReLU is a function, which nobody can swap (the report names it), one with hooks on its output or gradients, and one
-    with a ``forward`` that was set on the object. The model's ``forward`` is traced
-    symbolically, in training and in evaluation, with all arguments, with none but the required ones, and with each flag
-    turned over; of what else it does depending on its arguments or on chance, nothing is known. Of a model that cannot
-    be traced the modules are, each by itself: it must use them as a whole. What is read between a batch norm and its
-    ReLU, by another method of the model too, has had both. A convolution before such a batch norm runs as in
-    :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3 ones are faster if the model and its input are in
-    channels_last.
+    with a ``forward`` that was set on the object.
+
+    The model's ``forward`` is traced symbolically, in training and in evaluation, with all arguments, with none but the
+    required ones, and with each flag turned over; of what else it does depending on its arguments or on chance, nothing
+    is known. Of a model that cannot be traced the modules are, each by itself: it must use them as a whole, and hold
+    them as modules. What is read between a batch norm and its ReLU, by another method of the model too, has had both.
+    A convolution before such a batch norm runs as in :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3
+    ones are faster if the model and its input are in channels_last.
 
     Args:
         model: any module.
@@ -114,12 +115,15 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
-    order = {module: i for i, module in enumerate(names)}
     slots = Counter(child for parent in names for child in parent._modules.values())
-    found = _search(model, slots)
+    with _as_it_was(model):
+        found = _search(model, slots)
     skipped = [(names[module] or "model", reason) for module, reason in found.failed.items()]
     fused = []
-    for bn, uses in sorted(found.uses.items(), key=lambda item: order[item[0]]):
+    ours = {bn for module in names if isinstance(module, BNReLUJoin) for bn in module.modules()}
+    norms = [m for m in names if isinstance(m, nn.BatchNorm2d) and not isinstance(m, BatchNormReLU2d) and m not in ours]
+    for bn in norms:
+        uses = found.uses.get(bn, [])
         if problem := _problem(bn, uses) or (ELSEWHERE if bn in found.elsewhere else ""):
             skipped.append((names[bn], problem))
             continue
@@ -130,6 +134,11 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
             if type(use.before) is nn.Conv2d and StepConv2d.may_be_ours(use.before):
                 use.before.__class__ = StepConv2d
         fused.append(names[bn])
+    for relu in names:
+        if isinstance(relu, FusedReLU):
+            before = {use.before for use in found.uses.get(relu, [])}
+            fed = bool(before) and all(isinstance(bn, BatchNormReLU2d) and bn.marks for bn in before)
+            relu.alone = fed and slots[relu] == 1
     for module in names if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
             module.__class__, module.recompute = StepConv2d, True
@@ -142,6 +151,8 @@ def _problem(bn: nn.BatchNorm2d, uses: list[Use]) -> str:
         return f"it is a {type(bn).__name__}, not a torch.nn.BatchNorm2d"
     if _is_watched(bn):
         return WATCHED
+    if not uses:
+        return UNSEEN
     others = sorted({use.words for use in uses if not _is_relu(use.after)})
     if not others:
         return ""
@@ -155,11 +166,13 @@ class _Found(NamedTuple):
     uses: Uses
     failed: dict[nn.Module, str]
     opaque: set[nn.Module]
-    elsewhere: set[nn.BatchNorm2d]
+    elsewhere: set[nn.Module]
 
 
 def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
     """The batch norms of a model, or of those of its modules that can be traced."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return _Found({}, {model: "it is TorchScript"}, {model}, set())
     runs = type(model).forward is not nn.Module.forward  # a ModuleList does not
     with suppress(Exception):  # a forward that cannot be traced raises anything
         return _Found(_uses_in_all_calls(model, set()), {}, set(), set())
@@ -174,11 +187,11 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
             found.opaque.add(child)
             continue
         inner = _search(child, slots)
-        for bn, calls in inner.uses.items():
-            found.uses.setdefault(bn, []).extend(calls)
+        for module, uses in inner.uses.items():
+            found.uses.setdefault(module, []).extend(uses)
         found.failed.update(inner.failed)
         found.opaque.update(inner.opaque)
-    found.elsewhere.update(bn for bn in found.uses if slots[bn] > 1)
+    found.elsewhere.update(module for module in found.uses if slots[module] > 1)
     if runs:
         try:
             seen = _uses_in_all_calls(model, found.opaque)
@@ -186,8 +199,14 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
             found.failed[model] = f"not traceable ({_place(error)}): {WHOLE}"
             found.opaque.add(model)
         else:
-            found.uses.update(seen)
-            found.elsewhere.difference_update(seen)
+            hidden = {m for other in found.opaque for m in other.modules()}
+            for module, uses in seen.items():
+                if module in hidden:  # what an opaque module does with it, this trace does not see
+                    found.uses.setdefault(module, []).extend(uses)
+                    found.elsewhere.add(module)
+                else:
+                    found.uses[module] = uses
+                    found.elsewhere.discard(module)
     return found
 
 
@@ -220,7 +239,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
     modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
     held = [c for m in modules for c in _containers(m)]
-    before = [copy.copy(c) for c in held]
+    before = [c.copy() for c in held]
     numpy, python = sys.modules.get("numpy"), random.getstate()
     drawn = numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -245,50 +264,59 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
     """:func:`_uses` in training and in evaluation, with all arguments, without options, with each flag turned over.
 
-    What a call refuses, nobody calls; but of all arguments and of none but the required ones one must go through.
+    With all arguments it must go through. What another call refuses, nobody calls; where it is the trace that fails,
+    what it has seen until then counts.
     """
     if "forward" in vars(model):  # which torch.fx would not trace
         raise TypeError("a forward that was set on the object")
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    options = [None, *([defaults] if defaults else [])]
-    flags = [defaults | {name: not value} for name, value in defaults.items() if isinstance(value, bool)]
+    flags = {name: value for name, value in defaults.items() if isinstance(value, bool)}
+    calls = [flags, *([defaults] if len(defaults) > len(flags) else [])]
+    calls += [defaults | {name: not value} for name, value in flags.items()]
     found: Uses = {}
     for mode in (True, False):
-        failed: Exception | None = None
-        done = False
-        for arguments in (*options, *flags):
+        for i, arguments in enumerate(calls):
             with _as_it_was(model):
                 for module in model.modules():
                     module.training = mode  # not train(), which may do anything
-                try:
-                    uses = _uses(model, opaque, arguments)
-                except Exception as error:
-                    failed = failed or error
-                    continue
-            done |= arguments is None or arguments is defaults
-            for bn, calls in uses.items():
-                found.setdefault(bn, []).extend(calls)
-        if failed and not done:
-            raise failed
+                for module, uses in _uses(model, opaque, arguments, whole=i == 0).items():
+                    found.setdefault(module, []).extend(uses)
     return found
 
 
-def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any] | None) -> Uses:
-    """The batch norms of one trace, with these arguments, that are not fused yet."""
-    graph, modules = _Tracer(opaque).trace(model, arguments), dict(model.named_modules())
+def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], whole: bool) -> Uses:
+    """The batch norms of one trace, with these arguments, that are not fused yet, and the ReLUs."""
+    tracer, modules = _Tracer(opaque), dict(model.named_modules())
+    try:
+        tracer.trace(model, arguments or None)
+    except Exception:
+        if whole or not hasattr(tracer, "graph"):
+            raise
 
     def module_of(node: Any) -> nn.Module | None:
-        return modules.get(str(node.target)) if isinstance(node, torch.fx.Node) and node.op == "call_module" else None
+        called = isinstance(node, torch.fx.Node) and node.op in ("call_module", "get_attr")
+        return modules.get(str(node.target)) if called else None
 
     found: Uses = {}
-    for node in graph.nodes:
-        bn = module_of(node)
-        if isinstance(bn, nn.BatchNorm2d) and not isinstance(bn, BatchNormReLU2d):
+    for node in tracer.graph.nodes:
+        module = module_of(node)
+        if module is None or isinstance(module, (BatchNormReLU2d, BNReLUJoin)) or module in opaque:
+            continue
+        if not isinstance(module, (nn.BatchNorm2d, nn.ReLU)):  # one of PyTorch's own, inside of which no trace looks
+            inside = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.ReLU))]
+            words = f"{type(module).__name__}, which holds it"
+        elif node.op == "get_attr":
+            inside, words = [module], "an argument"
+        else:
+            inside, words = [], ""
+        for inner in inside:
+            found.setdefault(inner, []).append(Use(None, None, words))
+        if not inside and isinstance(module, (nn.BatchNorm2d, nn.ReLU)):
             before = module_of(node.all_input_nodes[0]) if node.all_input_nodes else None
             after = module_of(next(iter(node.users))) if len(node.users) == 1 else None
             words = ", ".join(_in_words(user, module_of(user)) for user in node.users) or "nothing"
-            found.setdefault(bn, []).append(Use(before, after, words))
+            found.setdefault(module, []).append(Use(before, after, words))
     return found
 
 

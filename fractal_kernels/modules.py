@@ -116,8 +116,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             self.eps,
             group=self.sync_group,
         )
-        if self.marks:
-            out.rectified = True  # type: ignore[attr-defined]
+        if self.marks and not torch.compiler.is_compiling():
+            out.rectified = None if out.is_inference() else out._version  # type: ignore[attr-defined]
         return out
 
 
@@ -145,13 +145,22 @@ class StepConv2d(nn.Conv2d):
 class FusedReLU(nn.ReLU):
     """A ReLU behind batch norms that ``fuse`` has fused: what they return is returned as it is.
 
-    To everything else it is a ReLU, and to whoever looks for one, as feature extractors do.
+    To everything else it is a ReLU, and to whoever looks for one, as feature extractors do. A batch norm marks what it
+    returns by its version, so that what is changed in place, and comes again, is another tensor. A compiler refuses
+    marks in what it checkpoints: there a ReLU that never did anything else, ``alone``, does nothing, and others do
+    their work twice.
     """
 
+    alone = False  # set by fuse
+
     def forward(self, input: Tensor) -> Tensor:
-        if getattr(input, "rectified", False) is not True:
+        if torch.compiler.is_compiling():
+            return input if self.alone else super().forward(input)
+        mark = getattr(input, "rectified", -1)
+        if mark is None:  # an inference tensor, which has no version
+            del input.rectified  # type: ignore[attr-defined]
+        elif mark < 0 or mark != input._version:
             return super().forward(input)
-        input.rectified = False  # type: ignore[attr-defined]  # it may be changed in place, and come again
         return input
 
 

@@ -152,3 +152,125 @@ def test_fuse_leaves_a_batch_norm_that_is_used_alone_too():
             return self.bn(y - 1) if y.sum() < 1e9 else y
 
     assert fuse(Twice()).fused == []
+
+
+# --- what a trace does not see -------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """It cannot be traced, and gives its batch norm's output away."""
+
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, x: Tensor, other: nn.Module | None = None) -> Tensor:
+        return (self.bn if other is None else other)(x) - 1 if x.sum() < 1e9 else x
+
+
+class Deeper(nn.Module):
+    def __init__(self, bn: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.inner = Hidden(bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() < 1e9 else x
+
+
+class Skips(nn.Module):
+    """With its second argument it cannot be traced, and has no ReLU behind its batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        h = self.bn(self.conv(x))
+        if skip is not None:
+            h = h + skip if h.shape[2:] == skip.shape[2:] else h
+        return self.relu(h)
+
+
+class Flag(Skips):
+    """The same of a flag."""
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        h = self.bn(self.conv(x))
+        if features:
+            return h if h.sum() < 1e9 else x
+        return self.relu(h)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module, function) -> None:
+        super().__init__()
+        self.bn, self.relu, self.inner, self.function = nn.BatchNorm2d(3), nn.ReLU(), inner, function
+        if isinstance(inner, nn.Module):
+            return
+        self.inner = inner(self.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def own() -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(3)
+
+
+HIDDEN = {
+    "of two": lambda: Around(Hidden, lambda m, x: m.inner(m.relu(m.bn(x)))),
+    "of one": lambda: Around(Hidden(own()), lambda m, x: m.inner(x) + m.relu(m.inner.bn(x)) + m.bn(x)),
+    "deeper": lambda: Around(Deeper(own()), lambda m, x: m.inner(x) + m.relu(m.inner.inner.bn(x)) + m.bn(x)),
+    "handed over": lambda: Around(Hidden(own()), lambda m, x: m.inner(m.relu(m.bn(x)), m.bn)),
+    "in a layer of PyTorch's": lambda: Around(nn.DataParallel, lambda m, x: m.inner(m.relu(m.bn(x)))),
+    "with an argument": lambda: Around(Skips(), lambda m, x: m.inner(x, x) + m.bn(x)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", HIDDEN)
+def test_fuse_leaves_what_is_used_where_it_does_not_see(case, training):
+    model, x = HIDDEN[case]().train(training), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)
+    assert fuse(model).fused == []
+    torch.testing.assert_close(model(x), expected(x))
+
+
+def test_fuse_leaves_what_a_failed_trace_has_seen():
+    model, x = Flag(), torch.randn(2, 3, 4, 4)
+    expected = copy.deepcopy(model)
+    assert "in some calls" in dict(fuse(model).skipped)["bn"]
+    for features in (False, True):
+        torch.testing.assert_close(model(x, features), expected(x, features))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fuse_of_torchscript():
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    scripted = torch.jit.script(copy.deepcopy(body))
+    assert fuse(scripted).fused == [] and "TorchScript" in str(fuse(scripted))
+    model = nn.Sequential(body, nn.Conv2d(4, 3, 1), scripted)
+    assert fuse(model).fused == ["0.1"]
+
+
+def test_every_batch_norm_is_in_the_report():
+    left = dict(fuse(nn.Sequential(nn.DataParallel(own()), own())).skipped)
+    assert "DataParallel, which holds it" in left["0.module"] and "the output" in left["1"]
+    report = fuse(nn.Sequential(Hidden(own()), own(), nn.ReLU()))
+    left = dict(report.skipped)
+    assert report.fused == ["1"] and "not traceable" in left["0"] and "no call of it was seen" in left["0.bn"]
+
+
+def test_fuse_puts_back_what_is_outside_of_a_module():
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.bn, self.relu, self.parent = own(), nn.ReLU(), [parent]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.parent[0].calls += 1
+            return self.relu(self.bn(x))
+
+    model = Around(nn.Identity(), lambda m, x: m.child(x) if x.sum() < 1e9 else x)
+    model.calls, model.child = 0, Child(model)
+    assert fuse(model).fused == ["child.bn"] and model.calls == 0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_fuse import ResNet, Untraceable, check_fuse
 from test_modules import assert_same
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fractal_kernels import fuse
 
@@ -118,11 +119,10 @@ class Checked(Base):
 
 def test_the_modules_of_what_cannot_be_traced():
     """Its blocks; of its own layers nothing is known."""
-    skipped = {name: f"not traceable ({error} at test_fuse" for name, error in REASONS.items()}
+    errors = {"model": "TraceError", "blocks.1": "TypeError"}
+    skipped = {name: f"not traceable ({error} at test_fuse" for name, error in errors.items()}
+    skipped |= dict.fromkeys(["bn", "last"], "no call of it was seen")
     check_fuse(Checked(), ["blocks.0.bn", "blocks.1.body.bn"], skipped)
-
-
-REASONS = {"model": "TraceError", "blocks.1": "TypeError"}
 
 
 def test_around_a_module_that_cannot_be_traced():
@@ -244,13 +244,70 @@ def relus_of(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled(training):
-    """The compiler sees which ReLUs have nothing left to do: of a residual block, the one on the sum remains."""
-    model, x = ResNet(shared=True).double().train(training), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    """The compiler has no ReLU that has nothing left to do; one that does other work too does all of it."""
+    for shared, left in ((False, 2), (True, 4)):
+        model, x = ResNet(shared).double().train(training), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+        eager = copy.deepcopy(model)
+        fuse(model)
+        assert relus_of(copy.deepcopy(model), x) == left and relus_of(copy.deepcopy(eager), x) == 5
+        torch._dynamo.reset()
+        assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), eager, x)
+
+
+@pytest.mark.parametrize("kind", [InALeaf, Base])
+def test_compiled_by_what_else_the_relu_does(kind):
+    model, x = kind().eval(), torch.randn(2, 3, 4, 4)
     eager = copy.deepcopy(model)
-    fuse(model)
-    assert relus_of(copy.deepcopy(model), x) == 2 and relus_of(copy.deepcopy(eager), x) == 5
+    assert fuse(model).fused == ["bn"] and model.relu.alone == (kind is Base)
+    fuse(model)  # which sees the same, with nothing left to fuse
+    assert model.relu.alone == (kind is Base)
     torch._dynamo.reset()
-    assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), eager, x)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), eager(x))
+
+
+def vgg() -> nn.Sequential:
+    layers = [[nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()] for _ in range(2)]
+    return nn.Sequential(*layers[0], *layers[1], nn.Conv2d(3, 3, 1)).double()
+
+
+@pytest.mark.parametrize("segments", [2, 3, 7])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_between_a_batch_norm_and_its_relu(reentrant, segments):
+    """What is computed again finds the mark that the first time found."""
+    model, x = vgg(), torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    eager = copy.deepcopy(model)
+    assert len(fuse(model).fused) == 2
+    results = []
+    for net in (model, eager):
+        x.grad = None
+        out = checkpoint_sequential(net, segments, x, use_reentrant=reentrant)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in net.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_compiled_with_a_checkpoint():
+    """A compiler refuses what changes a tensor's attributes in there."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = vgg()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    model, x = Checkpointed(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    eager = copy.deepcopy(model)
+    assert len(fuse(model).fused) == 2
+    torch._dynamo.reset()
+    results = []
+    for net, call in ((eager, eager), (model, torch.compile(model, backend="aot_eager", fullgraph=True))):
+        out = call(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_compiled_with_a_break_between():
@@ -262,7 +319,7 @@ def test_compiled_with_a_break_between():
 
 
 def test_exported():
-    model, x = ResNet(shared=True).eval(), torch.randn(4, 3, 6, 6)
+    model, x = ResNet(shared=False).eval(), torch.randn(4, 3, 6, 6)
     eager = copy.deepcopy(model)
     fuse(model)
     for strict in (True, False):
