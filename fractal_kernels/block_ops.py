@@ -147,8 +147,9 @@ def _block_backward(
     group: str,
     donated: bool = False,
 ) -> list[Tensor]:
-    """[dx, *dweights, dconv_bias, dgamma, dbeta]; empty where there is no such parameter, and what is not needed of
-    x and the weights, which ``needs`` says.
+    """[dx, *dweights, dconv_bias, dgamma, dbeta]; empty where there is no such parameter, or no need for it.
+
+    ``needs``: whether x, then each row's weight, needs a gradient.
 
     ``donated``: ``saved`` is given away. The schema does not say that its tensors may be written: to the dispatcher and
     to compilers, which never donate, they are inputs like others.

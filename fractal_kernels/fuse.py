@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import os
 import random
 import sys
 import traceback
@@ -27,6 +29,7 @@ ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
 SOMETIMES = "its only use is a torch.nn.ReLU module in some calls, not in others (training, evaluation, options)"
 ELSEWHERE = "it is used elsewhere too"
 UNSEEN = "no call of it was seen"
+MOST_FLAGS = 3  # of which every combination is traced
 # Of a model that cannot be traced: what its forward does with its children is not known.
 WHOLE = "its modules were searched, as if it ran each as a whole"
 
@@ -87,14 +90,17 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     """Replaces every ``BatchNorm2d`` whose only use is a ``ReLU`` module by :class:`BatchNormReLU2d`, in place.
 
     Parameters, buffers and ``state_dict`` keys stay as they are. The ReLU returns what such a batch norm returned as it
-    is, and stays a ReLU to everything else: one module may serve a whole residual block. Left are a batch norm whose
-    ReLU is a function, which nobody can swap (the report names it), one with hooks on its output or gradients, and one
-    with a ``forward`` that was set on the object.
+    is, and stays a ReLU to everything else: one module may serve a whole residual block. Left are, among others, a
+    batch norm whose ReLU is a function, which nobody can swap (the report names it), one with hooks on its output or
+    gradients, and one with a ``forward`` that was set on the object.
 
     The model's ``forward`` is traced symbolically, in training and in evaluation, with all arguments, with none but the
-    required ones, and with each flag turned over; of what else it does depending on its arguments or on chance, nothing
-    is known. Of a model that cannot be traced the modules are, each by itself: it must use them as a whole, and hold
-    them as modules. What is read between a batch norm and its ReLU, by another method of the model too, has had both.
+    required ones, and with every combination of its flags; of what else it does depending on its arguments or on
+    chance, nothing is known. If it cannot be traced, each of its modules is traced by itself, assuming that the model
+    runs each as a whole and holds them all as modules. What is read between a batch norm and its ReLU, by another
+    method of the model too, has had both. Under ``torch.compile`` a ReLU that no trace saw do anything else does
+    nothing: where batch norms were replaced since, call ``fuse`` again before it.
+
     A convolution before such a batch norm runs as in :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3
     ones are faster if the model and its input are in channels_last.
 
@@ -191,6 +197,7 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
             found.uses.setdefault(module, []).extend(uses)
         found.failed.update(inner.failed)
         found.opaque.update(inner.opaque)
+        found.elsewhere.update(inner.elsewhere)
     found.elsewhere.update(module for module in found.uses if slots[module] > 1)
     if runs:
         try:
@@ -212,7 +219,7 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
 
 def _place(error: Exception) -> str:
     """The error's class, and the line of the model's code at which it came up."""
-    ours = tuple(str(Path(str(module.__file__)).parent) for module in (torch, sys.modules[__package__]))
+    ours = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in (torch, sys.modules[__package__]))
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else ""
     return type(error).__name__ + at
@@ -264,16 +271,19 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
     """:func:`_uses` in training and in evaluation, with all arguments, without options, with each flag turned over.
 
-    With all arguments it must go through. What another call refuses, nobody calls; where it is the trace that fails,
-    what it has seen until then counts.
+    With all arguments it must go through. Of another call that does not, by its own will or because it cannot be
+    traced, what it did until then counts.
     """
     if "forward" in vars(model):  # which torch.fx would not trace
         raise TypeError("a forward that was set on the object")
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     flags = {name: value for name, value in defaults.items() if isinstance(value, bool)}
-    calls = [flags, *([defaults] if len(defaults) > len(flags) else [])]
-    calls += [defaults | {name: not value} for name, value in flags.items()]
+    if len(flags) > MOST_FLAGS:
+        raise TypeError(f"more than {MOST_FLAGS} flags")
+    turned = itertools.product(*((value, not value) for value in flags.values()))
+    calls = [dict(zip(flags, values, strict=True)) for values in turned]
+    calls += [defaults | call for call in calls] if len(defaults) > len(flags) else []
     found: Uses = {}
     for mode in (True, False):
         for i, arguments in enumerate(calls):
@@ -288,11 +298,13 @@ def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
 def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], whole: bool) -> Uses:
     """The batch norms of one trace, with these arguments, that are not fused yet, and the ReLUs."""
     tracer, modules = _Tracer(opaque), dict(model.named_modules())
+    unfinished = False
     try:
         tracer.trace(model, arguments or None)
     except Exception:
-        if whole or not hasattr(tracer, "graph"):
+        if whole:
             raise
+        unfinished = True
 
     def module_of(node: Any) -> nn.Module | None:
         called = isinstance(node, torch.fx.Node) and node.op in ("call_module", "get_attr")
@@ -301,22 +313,25 @@ def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], w
     found: Uses = {}
     for node in tracer.graph.nodes:
         module = module_of(node)
+        if node.op in ("call_function", "call_method") and _in_words(node, None) in ("relu()", "relu_()"):
+            for relu in modules.values():  # one of these may have been called by its method
+                if isinstance(relu, nn.ReLU):
+                    found.setdefault(relu, []).append(Use(None, None, "relu()"))
         if module is None or isinstance(module, (BatchNormReLU2d, BNReLUJoin)) or module in opaque:
             continue
-        if not isinstance(module, (nn.BatchNorm2d, nn.ReLU)):  # one of PyTorch's own, inside of which no trace looks
-            inside = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.ReLU))]
-            words = f"{type(module).__name__}, which holds it"
-        elif node.op == "get_attr":
-            inside, words = [module], "an argument"
-        else:
-            inside, words = [], ""
-        for inner in inside:
-            found.setdefault(inner, []).append(Use(None, None, words))
-        if not inside and isinstance(module, (nn.BatchNorm2d, nn.ReLU)):
+        if isinstance(module, (nn.BatchNorm2d, nn.ReLU)) and node.op == "call_module":
             before = module_of(node.all_input_nodes[0]) if node.all_input_nodes else None
             after = module_of(next(iter(node.users))) if len(node.users) == 1 else None
             words = ", ".join(_in_words(user, module_of(user)) for user in node.users) or "nothing"
             found.setdefault(module, []).append(Use(before, after, words))
+            caller = list(node.meta["nn_module_stack"])[-2:-1]
+            if unfinished and (not caller or caller[0] in tracer.module_stack):  # it was running at the end
+                found[module].append(Use(None, None, "a call that ended before its use"))
+            continue
+        words = "an argument" if node.op == "get_attr" else f"{type(module).__name__}, which holds it"
+        for inner in module.modules():  # of one of PyTorch's own, inside of which no trace looks
+            if isinstance(inner, (nn.BatchNorm2d, nn.ReLU)):
+                found.setdefault(inner, []).append(Use(None, None, words))
     return found
 
 

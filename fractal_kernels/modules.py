@@ -147,8 +147,8 @@ class FusedReLU(nn.ReLU):
 
     To everything else it is a ReLU, and to whoever looks for one, as feature extractors do. A batch norm marks what it
     returns by its version, so that what is changed in place, and comes again, is another tensor. A compiler refuses
-    marks in what it checkpoints: there a ReLU that never did anything else, ``alone``, does nothing, and others do
-    their work twice.
+    marks in what it checkpoints: there a ReLU of which ``fuse`` saw no other work, ``alone``, does nothing, and others
+    do their work twice.
     """
 
     alone = False  # set by fuse
@@ -156,10 +156,10 @@ class FusedReLU(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return input if self.alone else super().forward(input)
-        mark = getattr(input, "rectified", -1)
+        mark = getattr(input, "rectified", False)
         if mark is None:  # an inference tensor, which has no version
             del input.rectified  # type: ignore[attr-defined]
-        elif mark < 0 or mark != input._version:
+        elif type(mark) is not int or mark != input._version:  # of a trace's proxy it is a proxy
             return super().forward(input)
         return input
 

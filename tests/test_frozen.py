@@ -1,5 +1,7 @@
 """A block of which weights are frozen: the other gradients as ever, and no work for what nobody asks for."""
 
+from types import SimpleNamespace
+
 import fractalnet
 import pytest
 import torch
@@ -81,6 +83,19 @@ def test_frozen_weights_cost_nothing(monkeypatch):
     assert ran == [[True, False, False]]
     pixel = 2 * 2 * 8 * 8 * 9
     assert every - some == pixel * (8 * 3 + 4 * 4)
+
+
+def test_frozen_weights_cost_nothing_in_our_convolution(monkeypatch):
+    net = fractalnet.FractalNet(5, 2, (16,), image_size=8)
+    ran, weight = [], fk.cpu_conv._OPS.conv3x3_weight
+    counting = SimpleNamespace(default=lambda *a: (ran.append(len(a[0])), weight.default(*a))[1])
+    ours = SimpleNamespace(conv3x3=fk.cpu_conv._OPS.conv3x3, conv3x3_weight=counting)
+    monkeypatch.setattr(fk.cpu_conv, "_OPS", ours)
+    for frozen, expected in ((False, [16, 32]), (True, [16])):
+        net.blocks[0].weights[0].requires_grad_(not frozen)
+        ran.clear()
+        net(torch.randn(2, 3, 8, 8), path=full_path(1, 2)).sum().backward()
+        assert ran == expected
 
 
 def test_traced():

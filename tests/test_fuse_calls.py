@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import warnings
 
 import pytest
@@ -228,20 +230,69 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("around", [nn.Sequential, Untraceable])
 @pytest.mark.parametrize("case", HIDDEN)
-def test_fuse_leaves_what_is_used_where_it_does_not_see(case, training):
-    model, x = HIDDEN[case]().train(training), torch.randn(2, 3, 4, 4)
+def test_fuse_leaves_what_is_used_where_it_does_not_see(case, around, training):
+    model, x = around(HIDDEN[case]()).train(training), torch.randn(2, 3, 4, 4)
     expected = copy.deepcopy(model)
     assert fuse(model).fused == []
     torch.testing.assert_close(model(x), expected(x))
 
 
-def test_fuse_leaves_what_a_failed_trace_has_seen():
-    model, x = Flag(), torch.randn(2, 3, 4, 4)
-    expected = copy.deepcopy(model)
-    assert "in some calls" in dict(fuse(model).skipped)["bn"]
-    for features in (False, True):
-        torch.testing.assert_close(model(x, features), expected(x, features))
+class Late(Skips):
+    """The trace fails between two uses."""
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        h = self.bn(self.conv(x))
+        y = self.relu(h)
+        if features and x.shape[1] == 3:
+            return h + y
+        return y
+
+
+class Both(Skips):
+    """Two flags together."""
+
+    def forward(self, x: Tensor, features: bool = False, raw: bool = False) -> Tensor:
+        h = self.bn(self.conv(x))
+        return h if features and raw else self.relu(h)
+
+
+class Many(Skips):
+    """More flags than there are traces for."""
+
+    def forward(self, x: Tensor, features: bool = False, b: bool = False, c: bool = False, d: bool = False) -> Tensor:
+        h = self.bn(self.conv(x))
+        return h if features and b and c and d else self.relu(h)
+
+
+@pytest.mark.parametrize("model", [Flag, Late, Both, Many])
+def test_fuse_leaves_what_some_flags_use_in_another_way(model):
+    model, x = model(), torch.randn(2, 3, 4, 4)
+    expected, report = copy.deepcopy(model), fuse(model)
+    reason = "no call of it" if isinstance(model, Many) else "in some calls"
+    assert report.fused == [] and reason in dict(report.skipped)["bn"]
+    flags = len(inspect.signature(model.forward).parameters) - 1
+    for values in itertools.product((False, True), repeat=flags):
+        torch.testing.assert_close(model(x, *values), expected(x, *values))
+
+
+def test_fuse_beside_a_call_that_fails_later():
+    """What had returned by then is as in every other call."""
+
+    class Model(Skips):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 3, 1), own(), nn.ReLU())
+
+        def forward(self, x: Tensor, loss: bool = False) -> Tensor:
+            y = self.relu(self.bn(self.body(x)))
+            if loss:
+                raise ValueError("expected a target")
+            return y
+
+    report = fuse(Model())
+    assert report.fused == ["body.1"] and "ended before its use" in dict(report.skipped)["bn"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

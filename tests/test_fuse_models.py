@@ -175,6 +175,22 @@ def test_batch_norms_that_are_converted_later():
     stem = model.stem
     stem[0], stem[1] = torch.nn.utils.fuse_conv_bn_eval(stem[0], stem[1]), nn.Identity()
     torch.testing.assert_close(model(x), expected)
+    fuse(model)  # so that it knows which ReLUs have something to do for a compiler
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_traced_by_tools_of_others():
+    """Whose leaves are our modules."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, (nn.BatchNorm2d, nn.Conv2d))
+
+    model, x = Base().eval(), torch.randn(2, 3, 4, 4)
+    fuse(model)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    torch.testing.assert_close(traced(x), model(x))
 
 
 # --- arguments and chance -------------------------------------------------------------------------
@@ -254,7 +270,15 @@ def test_compiled(training):
         assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), eager, x)
 
 
-@pytest.mark.parametrize("kind", [InALeaf, Base])
+class Elsewhere(Base):
+    """Its ReLU has a second place, in which a network may use it that is not traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([self.relu])
+
+
+@pytest.mark.parametrize("kind", [InALeaf, Direct, Elsewhere, Base])
 def test_compiled_by_what_else_the_relu_does(kind):
     model, x = kind().eval(), torch.randn(2, 3, 4, 4)
     eager = copy.deepcopy(model)

@@ -97,8 +97,8 @@ def prove(path: Path) -> None:
 def load(fabric: Fabric, path: Path, state: dict[str, Any], fits: Callable[[dict[str, Any]], None]) -> None:
     """Reads a checkpoint into modules, optimizers and values of `state`, in place. Nothing in it is executed.
 
-    `fits` sees what the checkpoint says of its run, and refuses it by a UserError, before a tensor is read: another
-    network's would be refused by a list of shapes.
+    `fits` sees what the checkpoint says of its run, and refuses it by a UserError, before a tensor is read: else
+    another network's fails with a list of shapes.
     """
     prove(path)
     try:

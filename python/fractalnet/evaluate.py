@@ -225,7 +225,8 @@ def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
 
     A figure is the mean over the paths of the median of each one's passes. The eager network draws per-sample masks.
     """
-    x, y, _ = next(this.loader.whole().epoch(0))  # the run's batch, not the first rank's part of it
+    loader = this.loader if this.loader.batch_size >= this.loader.world_size else this.loader.whole()
+    x, y, _ = next(loader.epoch(0))  # the first rank's part, for which there is memory, unless it is empty
     momentum = this.optimizer.param_groups[0].get("momentum", 0.0)
     fused = build(this.arguments, this.name).to(x.device)
     fused.load_state_dict(model.state_dict())
