@@ -269,7 +269,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
-    """:func:`_uses` in training and in evaluation, with all arguments, without options, with each flag turned over.
+    """:func:`_uses` in training and in evaluation, with all arguments, without options, of all flags.
 
     With all arguments it must go through. Of another call that does not, by its own will or because it cannot be
     traced, what it did until then counts.
