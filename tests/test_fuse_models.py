@@ -140,6 +140,21 @@ def test_around_a_module_that_cannot_be_traced():
     check_fuse(Around(Base()), ["bn", "body.body.bn"], {"body": "not traceable"})
 
 
+def test_what_a_trace_around_sees_counts():
+    """Not what its modules would do alone: under other flags, or where they hold a batch norm twice."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw, self.pos = Flagged(raw=True), Untraceable(nn.Conv2d(3, 3, 1))
+            self.norms = nn.ModuleList([self.raw.bn])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.raw(self.pos(x))
+
+    check_fuse(Twice(), ["raw.bn"], {})
+
+
 def test_a_batch_norm_of_two_modules_of_what_cannot_be_traced():
     class Tied(nn.Module):
         def __init__(self) -> None:
