@@ -38,7 +38,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q tests -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
-# Training on two ranks in every way, and the death of each: four minutes; `make test` has a part of it.
+# Training on two ranks in every way, and the death of each: three minutes; `make test` has a part of it.
 ranks: $(STAMP)
 	FRACTAL_RANKS=all $(PY) -m pytest -q tests/test_ranks.py $(ARGS)
 

@@ -222,11 +222,11 @@ def _block_backward(
         totals: dict[int, Tensor] = {}
         parts_of_weight = []
         for (conv, _), dy, noise in zip(outputs_here, dys_here, noises[row], strict=True):
-            weight, source_shape = rows.weight(conv.group, weights), (conv.size, weights[row].shape[1], *shape[2:])
+            weight = rows.weight(conv.group, weights)
             if needs_weight:
                 source = _source(launch, rows, row, conv, x, joins, ys, vectors, eps)
             elif needs_source or conv_bias:
-                source = empty(source_shape, x, True)  # nobody reads it
+                source = empty((conv.size, weight.shape[1], *shape[2:]), x, True)  # nobody reads it
             else:
                 continue
             if noise is not None:

@@ -146,9 +146,9 @@ class FusedReLU(nn.ReLU):
     """A ReLU behind batch norms that ``fuse`` has fused: what they return is returned as it is.
 
     To everything else it is a ReLU, and to whoever looks for one, as feature extractors do. A batch norm marks what it
-    returns by its version, so that what is changed in place, and comes again, is another tensor. A compiler refuses
-    marks in what it checkpoints: there a ReLU of which ``fuse`` saw no other work, ``alone``, does nothing, and others
-    do their work twice.
+    returns by its version, so that what is changed in place, and comes again, is another tensor. torch.compile refuses
+    marks inside of checkpoints, so it has none: a ReLU of which ``fuse`` saw no other work, ``alone``, does nothing
+    there, and others do their work twice.
     """
 
     alone = False  # set by fuse

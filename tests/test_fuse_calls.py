@@ -204,12 +204,12 @@ class Flag(Skips):
 
 
 class Around(nn.Module):
-    def __init__(self, inner: nn.Module, function) -> None:
+    """``inner`` is a module, or what makes one that holds this one's batch norm too."""
+
+    def __init__(self, inner, function) -> None:
         super().__init__()
-        self.bn, self.relu, self.inner, self.function = nn.BatchNorm2d(3), nn.ReLU(), inner, function
-        if isinstance(inner, nn.Module):
-            return
-        self.inner = inner(self.bn)
+        self.bn, self.relu, self.function = nn.BatchNorm2d(3), nn.ReLU(), function
+        self.inner = inner if isinstance(inner, nn.Module) else inner(self.bn)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)

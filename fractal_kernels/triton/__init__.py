@@ -42,7 +42,7 @@ def _pixels(t: Tensor) -> int:
 
 
 def _ceil(a: int, b: int) -> int:
-    return -(-a // b)  # triton.cdiv, called on the host, takes ten times as long
+    return -(-a // b)  # triton.cdiv wraps its arguments for its own language
 
 
 def _strides(tensors: List, pool: bool) -> tuple[tuple[int, ...], ...]:
