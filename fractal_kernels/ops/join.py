@@ -54,10 +54,9 @@ def _operands(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """Inputs, mask, means, vars, weights and biases out of the tensors of a :class:`_NormJoin`."""
     k, affine = ctx.k, ctx.affine
     mask, *params = saved
-    means, vars = params[-2 * k : -k], params[-k:]
-    if ctx.batch_stats:
-        means, vars = (list(t.unbind()) for t in params[-3:-1])  # type: ignore[union-attr]
-    return params[:k], mask, means, vars, params[k : k + affine], params[k + affine : k + 2 * affine]
+    biases = k + 2 * affine  # where they end
+    means, vars = params[biases : biases + k], params[biases + k : biases + 2 * k]
+    return params[:k], mask, means, vars, params[k : k + affine], params[k + affine : biases]
 
 
 def _normalised_gradients(ctx: Any, grad: Tensor) -> Gradients | None:
@@ -71,8 +70,8 @@ def _normalised_gradients(ctx: Any, grad: Tensor) -> Gradients | None:
 
 
 class _NormJoin(torch.autograd.Function):
-    """The join of normalised branches. ``params`` is inputs, then weights and biases (each k, or none), then the
-    batch's statistics (mean, var, count), or with fixed ones means and vars (each k).
+    """The join of normalised branches. ``tensors`` is the mask, inputs, weights and biases (each k, or none), means and
+    vars (each k), and of the batch's statistics the numbers of values.
 
     Saves these; normalised and activated values are recomputed.
     """
@@ -109,7 +108,7 @@ class _NormJoin(torch.autograd.Function):
         dys: list[Tensor | None] = [None] * k
         if any(needs[:k]):
             dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
-        rest = (None,) * (3 if ctx.batch_stats else 2 * k)
+        rest = (None,) * (2 * k + ctx.batch_stats)
         return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
 
@@ -224,7 +223,8 @@ def normalised_join(
         params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]
     if batch_stats:
-        params += _statistics(ys, mask, flags, backend, synchronised, running if training else [], momentum)
+        mean, var, count = _statistics(ys, mask, flags, backend, synchronised, running if training else [], momentum)
+        params += [*mean.unbind(), *var.unbind(), count]
     options = (k, affine, batch_stats, eps, flags, backend, synchronised)
     return _NormJoin.apply(*options, mask, *_distinct([*ys, *params]))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -249,7 +249,7 @@ def _statistics(
     mask = None if of_all else mask
     if not group:
         return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
-    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
+    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats.default(ys, mask, [], 0.0, None, backend), group)
     if running:
         reference.update_running(running, mean, var, count, momentum if momenta is None else momenta)
     return mean, var, count

@@ -34,7 +34,9 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
 
         @wraps(backward)
         def wrapper(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            if not torch.compiler.is_compiling():
                 with checks.without_autocast(grads[0]):
                     found = again(ctx, *grads)
                 if found is not None:
