@@ -2,7 +2,7 @@
 
 from .backends import BackendUnavailable, available_backends, use_backend
 from .block import BlockOutput, fractal_block
-from .fuse import fuse
+from .fuse import fuse, unfuse
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin, sync_batch_norm
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv_bn_relu
@@ -29,5 +29,6 @@ __all__ = [
     "masked_mean_join",
     "recomputed",
     "sync_batch_norm",
+    "unfuse",
     "use_backend",
 ]

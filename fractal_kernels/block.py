@@ -12,7 +12,7 @@ from . import backends, checks, compiling, reference, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
-from .ops.exported import is_exporting
+from .ops.exported import foreign_tool
 from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .schedule import schedule
 
@@ -203,10 +203,11 @@ def fractal_block(
         torch.Size([2, 4, 4, 4])
     """
     op = "fractal_block"
-    if is_exporting():
+    tool = foreign_tool()
+    if tool and (tool != "torch.export" or mean is None):  # it keeps the operator, not its gradients
         raise RuntimeError(
-            f"{op}: expected to run with this package, got an export to ONNX or a TorchScript trace; of a FractalNet, "
-            "fractalnet.export.plain(model) is a network that can be exported"
+            f"{op}: expected to run with this package, got {tool}{' in training' if mean is None else ''}; of a "
+            "FractalNet, fractalnet.export.plain(model) is a network of PyTorch's own operators, in evaluation"
         )
     x = checks.tensor(op, "x", x)
     if x.dim() != 4 or min(x.shape[2:]) < (1 if pool is None else 2):

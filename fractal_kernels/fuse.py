@@ -1,4 +1,4 @@
-"""``fuse``: swaps eager conv-BN-ReLU patterns of an existing model for the fused modules."""
+"""``fuse`` swaps eager conv-BN-ReLU patterns of an existing model for the fused modules, ``unfuse`` swaps them back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch.fx
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .modules import BatchNormReLU2d, BNReLUJoin, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
+from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
 
-__all__ = ["FuseReport", "fuse"]
+__all__ = ["FuseReport", "fuse", "unfuse"]
 
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
@@ -43,6 +43,10 @@ class Use(NamedTuple):
 
 
 Uses = dict[nn.Module, list[Use]]  # of batch norms and ReLUs
+
+
+class _Refused(TypeError):
+    """Of a model that this module does not trace; says why."""
 
 
 class FuseReport(NamedTuple):
@@ -79,11 +83,15 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def _is_relu(module: nn.Module | None) -> bool:
-    """A ReLU that does nothing else: no subclass but our own, no hooks."""
-    if module is None or type(module) not in (nn.ReLU, FusedReLU):
+def _is_just(module: nn.Module | None, *types: type[nn.Module]) -> bool:
+    """Whether it is of one of these classes, no subclass, and nobody sees or changes what it takes or returns."""
+    if module is None or type(module) not in types:
         return False
     return not _is_watched(module) and not module._forward_pre_hooks
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    return _is_just(module, nn.ReLU, FusedReLU)
 
 
 def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
@@ -143,12 +151,43 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     for relu in names:
         if isinstance(relu, FusedReLU):
             before = {use.before for use in found.uses.get(relu, [])}
-            fed = bool(before) and all(isinstance(bn, BatchNormReLU2d) and bn.marks for bn in before)
-            relu.alone = fed and slots[relu] == 1
+            fed = [isinstance(bn, BatchNormReLU2d) and bn.marks and not _is_watched(bn) for bn in before]
+            relu.alone = bool(fed) and all(fed) and _is_relu(relu) and slots[relu] == 1
     for module in names if recompute else ():
         if type(module) in (nn.Conv2d, StepConv2d):
             module.__class__, module.recompute = StepConv2d, True
     return FuseReport(fused, skipped)
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Undoes :func:`fuse` in place: for tools that know modules by their class, or by what a ReLU takes and returns
+    (attribution, quantization, ``torch.fx``, counters of operations). ``fuse`` may follow again.
+
+    Args:
+        model: any module; modules of this package that ``fuse`` has not made stay.
+    Returns:
+        The names of the batch norms, which are ``torch.nn.BatchNorm2d`` again.
+    Raises:
+        TypeError: model is not a module. ValueError: a batch norm is synchronised (:func:`sync_batch_norm`), which
+            PyTorch's would not be.
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> unfuse(model), fuse(model).fused, unfuse(model)
+        ([], ['1'], ['1'])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    fused = {m: name for name, m in model.named_modules() if isinstance(m, BatchNormReLU2d) and m.marks}
+    if synchronised := [name for bn, name in fused.items() if bn.sync_group is not None]:
+        raise ValueError(f"unfuse: expected batch norms that are not synchronised, got {', '.join(synchronised)}")
+    own = {m.conv for m in model.modules() if isinstance(m, ConvBNReLU)}
+    made = {BatchNormReLU2d: nn.BatchNorm2d, FusedReLU: nn.ReLU, StepConv2d: nn.Conv2d}
+    for module in model.modules():
+        if module in fused or type(module) in (FusedReLU, StepConv2d) and module not in own:
+            for name in ("marks", "alone", "recompute"):
+                vars(module).pop(name, None)
+            module.__class__ = made[type(module)]
+    return list(fused.values())
 
 
 def _problem(bn: nn.BatchNorm2d, uses: list[Use]) -> str:
@@ -218,7 +257,9 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
 
 
 def _place(error: Exception) -> str:
-    """The error's class, and the line of the model's code at which it came up."""
+    """The error's class, and the line of the model's code at which it came up; or our own reason."""
+    if isinstance(error, _Refused):
+        return str(error)
     ours = tuple(str(Path(str(module.__file__)).parent) + os.sep for module in (torch, sys.modules[__package__]))
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
     at = f" at {Path(lines[-1].filename).name}:{lines[-1].lineno}" if lines else ""
@@ -275,12 +316,12 @@ def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
     traced, what it did until then counts.
     """
     if "forward" in vars(model):  # which torch.fx would not trace
-        raise TypeError("a forward that was set on the object")
+        raise _Refused("a forward that was set on the object")
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     flags = {name: value for name, value in defaults.items() if isinstance(value, bool)}
     if len(flags) > MOST_FLAGS:
-        raise TypeError(f"more than {MOST_FLAGS} flags")
+        raise _Refused(f"more than {MOST_FLAGS} flags")
     turned = itertools.product(*((value, not value) for value in flags.values()))
     calls = [dict(zip(flags, values, strict=True)) for values in turned]
     calls += [defaults | call for call in calls] if len(defaults) > len(flags) else []
@@ -310,6 +351,18 @@ def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], w
         called = isinstance(node, torch.fx.Node) and node.op in ("call_module", "get_attr")
         return modules.get(str(node.target)) if called else None
 
+    def is_identity(node: Any) -> bool:
+        return node.op == "call_module" and _is_just(module_of(node), nn.Identity)
+
+    def source(node: Any) -> Any:
+        """What the node reads, past modules that return what they are given."""
+        node = node.all_input_nodes[0]
+        return source(node) if is_identity(node) and node.all_input_nodes else node
+
+    def readers(node: Any) -> list[Any]:
+        """What reads the node, past the same."""
+        return [reader for user in node.users for reader in (readers(user) if is_identity(user) else [user])]
+
     found: Uses = {}
     for node in tracer.graph.nodes:
         module = module_of(node)
@@ -320,9 +373,10 @@ def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], w
         if module is None or isinstance(module, (BatchNormReLU2d, BNReLUJoin)) or module in opaque:
             continue
         if isinstance(module, (nn.BatchNorm2d, nn.ReLU)) and node.op == "call_module":
-            before = module_of(node.all_input_nodes[0]) if node.all_input_nodes else None
-            after = module_of(next(iter(node.users))) if len(node.users) == 1 else None
-            words = ", ".join(_in_words(user, module_of(user)) for user in node.users) or "nothing"
+            before = module_of(source(node)) if node.all_input_nodes else None
+            users = readers(node)
+            after = module_of(users[0]) if len(users) == 1 else None
+            words = ", ".join(_in_words(user, module_of(user)) for user in users) or "nothing"
             found.setdefault(module, []).append(Use(before, after, words))
             caller = list(node.meta["nn_module_stack"])[-2:-1]
             if unfinished and (not caller or caller[0] in tracer.module_stack):  # it was running at the end

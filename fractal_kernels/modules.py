@@ -14,6 +14,7 @@ from . import backends, checks, sync
 from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv2d_3x3, is_plain_3x3
+from .ops.exported import foreign_tool
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
 from .ops.recompute import recomputed
 
@@ -105,6 +106,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     marks = False  # set by fuse: whether a FusedReLU is to know its outputs
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.marks and self.sync_group is None and foreign_tool():
+            return super().forward(input)  # its ReLU follows, as the model was written
         self._check_input_dim(input)
         out = bn_relu(
             input,
@@ -148,12 +151,14 @@ class FusedReLU(nn.ReLU):
     To everything else it is a ReLU, and to whoever looks for one, as feature extractors do. A batch norm marks what it
     returns by its version, so that what is changed in place, and comes again, is another tensor. torch.compile refuses
     marks inside of checkpoints, so it has none: a ReLU of which ``fuse`` saw no other work, ``alone``, does nothing
-    there, and others do their work twice.
+    there, and others do their work twice. For tools that do not know our operators both are PyTorch's.
     """
 
     alone = False  # set by fuse
 
     def forward(self, input: Tensor) -> Tensor:
+        if foreign_tool():
+            return super().forward(input)
         if torch.compiler.is_compiling():
             return input if self.alone else super().forward(input)
         mark = getattr(input, "rectified", False)

@@ -172,7 +172,7 @@ def test_meta_tensors_and_dynamic_sizes():
         module.eval(), (torch.randn(2, 16, 8, 8).to(memory_format=LAST),), dynamic_shapes=dynamic
     )
     x = torch.randn(2, 16, 11, 8).to(memory_format=LAST)
-    assert torch.equal(exported.module()(x), module(x))
+    torch.testing.assert_close(exported.module()(x), module(x))
     assert module.to("meta")(torch.randn(2, 16, 8, 8, device="meta")).shape == (2, 16, 8, 8)
 
 

@@ -1,5 +1,7 @@
-"""Programs that run without this package: ONNX files and TorchScript traces of models with our functions in them."""
+"""What does not know our operators: programs that run without this package (torch.export, ONNX, TorchScript), and the
+transforms of torch.func."""
 
+import copy
 import io
 import subprocess
 import sys
@@ -14,13 +16,11 @@ from torch import nn
 import fractal_kernels as fk
 from fractal_kernels.ops import exported
 
-EVALUATION = [case for case in cases.all_flags() if not case.training]
 
-
-@pytest.mark.parametrize("case", EVALUATION, ids=str)
+@pytest.mark.parametrize("case", cases.all_flags(), ids=str)
 def test_every_flag(case, monkeypatch):
-    """What is written down is what the kernels compute, with its gradients."""
-    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    """What is written down is what the kernels compute, with its gradients and what becomes of running statistics."""
+    monkeypatch.setattr(exported, "foreign_tool", lambda: "a test")
     cases.check(case, cases.draw(case), None)
 
 
@@ -28,7 +28,7 @@ def test_every_flag(case, monkeypatch):
 def test_plain_joins(case, monkeypatch):
     data = cases.draw(case)
     expected = cases.expect(case, data)
-    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    monkeypatch.setattr(exported, "foreign_tool", lambda: "a test")
     if case.reduction == "mean":  # the public function's
         cases.assert_close(fk.masked_mean_join(data.ys, data.mask, pool=case.pool).detach(), expected.out)
     flags = fk.checks.join_options("test", case.reduction, "none", case.pool, "all")
@@ -41,7 +41,7 @@ def test_half_precision(dtype, mask, monkeypatch):
     case = cases.Case(training=False, mask=mask)
     data = cases.draw(case, dtype)
     expected = cases.expect(case, data).out
-    monkeypatch.setattr(exported, "is_exporting", lambda: True)
+    monkeypatch.setattr(exported, "foreign_tool", lambda: "a test")
     out = cases.run(case, data, None).out
     assert out.dtype == dtype
     # A branch's value is rounded before the join, in PyTorch's operators.
@@ -110,8 +110,7 @@ def test_onnx(net, images):
 
 
 def test_without_running_statistics(images):
-    """The batch's statistics, in evaluation too: our operators have those, and the exporters say that they are not
-    theirs."""
+    """The batch's statistics, in evaluation too."""
     net = fk.BatchNormReLU2d(3, track_running_stats=False).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,6 +118,106 @@ def test_without_running_statistics(images):
     torch.testing.assert_close(
         program(images), torch.batch_norm(images, *[None] * 4, True, 0.1, 1e-5, False).relu(), rtol=1e-5, atol=1e-6
     )
+    assert not any(node.kind().startswith("fractal_kernels") for node in program.inlined_graph.nodes())
+
+
+class Masked(nn.Module):
+    """Statistics that PyTorch's batch norm has not: of branches that live, cumulative, of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join = fk.BNReLUJoin(3, 4, stats="live", momentum=None)
+        self.norm = fk.BatchNormReLU2d(4, momentum=None)
+        self.low = fk.BatchNormReLU2d(4)
+        for name in ("running_mean", "running_var"):
+            setattr(self.low, name, getattr(self.low, name).bfloat16())
+        self.register_buffer("mask", torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]]).bool())
+
+    def forward(self, x):
+        h = self.join([x, x + 1, x.square()], self.mask)
+        return self.low(self.norm(h - 0.2))
+
+
+def training_nets():
+    fused = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Identity(), nn.ReLU(), fk.ConvBNReLU(4, 16)
+    )
+    assert fk.fuse(fused).fused == ["1"]
+    return {"fused": fused, "masked": nn.Sequential(nn.Conv2d(3, 4, 1), Masked())}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["fused", "masked"])
+def test_an_exported_program_can_be_trained(name, training, strict):
+    """torch.export keeps operators, not the backwards of ours: without PyTorch's own, gradients would end there."""
+    torch.manual_seed(0)
+    net, x = training_nets()[name].double().train(training), torch.randn(4, 3, 6, 6).double()
+    program = torch.export.export(copy.deepcopy(net), (x,), strict=strict)
+    assert not any("fractal_kernels" in str(node.target) for node in program.graph.nodes)
+    module = program.module()
+    for each in (net, module):
+        each(x).square().sum().backward()
+    ours, theirs = dict(net.named_parameters()), dict(module.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for key, p in ours.items():
+        torch.testing.assert_close(theirs[key].grad, p.grad, rtol=1e-8, atol=1e-10)
+    buffers = dict(net.named_buffers())
+    kept = dict(module.named_buffers())
+    assert kept.keys() == buffers.keys() or not training  # evaluation counts no batches
+    for key, b in kept.items():
+        torch.testing.assert_close(b, buffers[key], rtol=1e-2 if b.dtype == torch.bfloat16 else 1e-8, atol=1e-10)
+
+
+def test_a_block_in_training_is_not_exported():
+    net, x = fractalnet.create("fractal_c2", channels=(8,), image_size=8), torch.randn(2, 3, 8, 8)
+    with pytest.raises(
+        RuntimeError, match=r"FractalNet: expected evaluation, or a path, got torch\.export in training"
+    ):
+        torch.export.export(net, (x,))
+
+    class Block(nn.Module):
+        def forward(self, x, *weights):
+            return fk.fractal_block(x, weights, None, None, torch.ones(2, 2, dtype=torch.bool)).out
+
+    with pytest.raises(RuntimeError, match=r"fractal_block: .* got torch\.export in training"):
+        torch.export.export(Block(), (x, torch.randn(8, 3, 3, 3), torch.randn(4, 4, 3, 3)))
+    program = torch.export.export(net.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_transforms(training, dtype):
+    """Gradients, batches of gradients, directional derivatives and per-sample gradients, as of a model of PyTorch's."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    eager = eager.to(dtype).to(memory_format=torch.channels_last).train(training)
+    fused, x = copy.deepcopy(eager), torch.randn(3, 2, 5, 5, dtype=dtype)
+    assert fk.fuse(fused).fused == ["1"]
+    found = []
+    for net in (eager, fused):
+        parameters, buffers = dict(net.named_parameters()), {k: b.clone() for k, b in net.named_buffers()}
+
+        def loss(p, x, net=net, buffers=buffers):
+            return (
+                torch.func.functional_call(net, {**p, **{k: b.clone() for k, b in buffers.items()}}, (x,)).sin().sum()
+            )
+
+        got = [torch.func.grad(loss)(parameters, x), torch.func.hessian(loss, argnums=1)(parameters, x[:1, :, :4, :4])]
+        got.append(torch.func.jvp(lambda z, p=parameters, f=loss: f(p, z), (x,), (x.cos(),))[1])
+        if not training:  # PyTorch's refuses running statistics of no sample's own
+            each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+            got.append(each(parameters, x.unsqueeze(1)))
+        found.append(torch.utils._pytree.tree_leaves(got))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_block_is_not_transformed():
+    net = fractalnet.create("fractal_c2", channels=(8,), image_size=8).eval()
+    with pytest.raises(RuntimeError, match=r"got a transform of torch\.func; .* fractalnet\.export\.plain"):
+        torch.func.grad(lambda x: net(x).sum())(torch.randn(2, 3, 8, 8))
 
 
 def test_a_join_of_one_branch_is_a_tensor_of_its_own():
@@ -141,7 +240,7 @@ def test_parameters_of_other_dtypes(dtypes, autocast, monkeypatch):
     y, p = torch.randn(2, 3, 4, 4, dtype=dtype), torch.rand(3).add_(0.5).to(of_parameters)
     found = []
     for exporting in (False, True):
-        monkeypatch.setattr(exported, "is_exporting", lambda exporting=exporting: exporting)
+        monkeypatch.setattr(exported, "foreign_tool", lambda exporting=exporting: exporting)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found.append(fk.bn_relu_join([y, y], [p, p], [p, p], [p, p], [p, p], reduction="sum"))
             found.append(fk.masked_mean_join([y, y]))
@@ -162,7 +261,9 @@ def test_networks_of_fused_blocks_name_the_way(dynamo):
 def test_fractal_block_names_the_way():
     block = [torch.randn(8, 3, 3, 3), torch.randn(4, 4, 3, 3)]
     path = torch.ones(2, 2, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match=r"fractal_block: .* TorchScript trace; .* fractalnet\.export\.plain"):
+    with pytest.raises(
+        RuntimeError, match=r"fractal_block: .* TorchScript trace in training; .* fractalnet\.export\.plain"
+    ):
         torch.jit.trace(lambda x: fk.fractal_block(x, block, None, None, path).out, torch.randn(2, 3, 8, 8))
 
 

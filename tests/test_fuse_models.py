@@ -364,5 +364,5 @@ def test_exported():
     for strict in (True, False):
         program = torch.export.export(model, (x,), strict=strict)
         names = [str(node.target) for node in program.graph.nodes]
-        assert sum("relu" in name for name in names) == 2
+        assert names == [str(node.target) for node in torch.export.export(eager, (x,), strict=strict).graph.nodes]
         torch.testing.assert_close(program.module()(x), eager(x))

@@ -1,4 +1,5 @@
-"""What a step may do twice: differentiate (gradient penalties, Hessians), and call a module in both modes."""
+"""What a step may do twice: differentiate (gradient penalties, Hessians), also for many gradients at once, and call a
+module in both modes."""
 
 from __future__ import annotations
 
@@ -236,3 +237,31 @@ def test_a_tensor_that_comes_twice():
         out = fk.bn_relu_join([x, x], None, None, None, None, training=True)
         found += torch.autograd.grad(out.square().sum(), x, create_graph=create_graph)
     torch.testing.assert_close(*found)
+
+
+def many_gradients():
+    w = torch.rand(2, dtype=torch.float64)
+    for name, mask in MASKS.items():
+        for pool in (None, "before", "after"):
+            yield f"mean-{name}-{pool}", lambda *ys, m=mask, p=pool: fk.masked_mean_join(ys, m, pool=p)
+        yield f"join-{name}", lambda *ys, m=mask: fk.bn_relu_join(ys, [w, w], [w, w], None, None, m, True, pool="after")
+    step = fk.ConvBNReLU(2, 16).double().to(memory_format=LAST)
+    yield "step", lambda a, b: step(a.to(memory_format=LAST)) * b.sum()
+    blocks = [torch.randn(4, 2, 3, 3).double(), torch.randn(2, 2, 3, 3).double()]
+    yield "block", lambda a, b: fk.fractal_block(a, blocks, None, None, PATH, pool=None).out + b
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), list(many_gradients()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_many_gradients_at_once(name, function):
+    """As by `is_grads_batched=True`, of which Jacobians are made and gradcheck has a check."""
+    torch.manual_seed(0)
+    inputs = double(3, 2, 4, 5), double(3, 2, 4, 5)
+    out = function(*inputs)
+    grads = torch.randn(3, *out.shape, dtype=torch.float64)
+    by = [torch.autograd.grad(out, inputs, g, retain_graph=True) for g in grads]
+    together = torch.autograd.grad(out, inputs, grads, is_grads_batched=True)
+    for i, t in enumerate(together):
+        assert not t.requires_grad
+        torch.testing.assert_close(t, torch.stack([b[i] for b in by]))

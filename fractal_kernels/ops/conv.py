@@ -95,9 +95,10 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     """
     if x.device != weight.device:  # of a weight on "meta" the library, too, would read whatever is there
         raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
+    if exported.foreign_tool() or checks.is_autocast(x):
+        return F.conv2d(x, weight, padding=1)
     valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
-    ours = valid and 0 not in x.shape[2:] and conv3x3.kernel(x, weight, backend)
-    if not ours or checks.is_autocast(x) or exported.is_exporting():
+    if not valid or 0 in x.shape[2:] or not conv3x3.kernel(x, weight, backend):
         return F.conv2d(x, weight, padding=1)
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -139,7 +140,7 @@ def conv2d_1x1_pooled(x: Tensor, weight: Tensor, backend: str) -> Tensor:
 
     x and weight of one dtype, H and W of 2 or more.
     """
-    if exported.is_exporting():
+    if exported.foreign_tool():
         return F.max_pool2d(_conv2d(x, weight), 2)
     return _PooledConv1x1.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 

@@ -1,4 +1,5 @@
-"""Joins in PyTorch's own operators, for programs that run without this package: ONNX files and TorchScript traces."""
+"""Joins in PyTorch's own operators, for what does not know ours: programs that run without this package (torch.export,
+ONNX, TorchScript), and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -11,33 +12,52 @@ from torch import Tensor
 from .. import checks, compiling, reference
 from ..library import Flags, accumulate_dtype
 
-__all__ = ["is_exporting", "join"]
+__all__ = ["foreign_tool", "join"]
 
 
 @compiling.assume_constant_result
-def is_exporting() -> bool:
-    """Whether what runs is written down as a program that knows no operators of ours."""
-    return torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+def foreign_tool() -> str:
+    """What runs the caller without knowing our operators, in words, or an empty string.
+
+    torch.export knows them, but not their gradients: its programs take neither Python nor our backwards along.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch.onnx.is_in_onnx_export():
+            return "an export to ONNX"
+        return "torch.export" if torch.compiler.is_exporting() else "a TorchScript trace"
+    return ""
 
 
 def join(
     ys: list[Tensor],
     mask: Tensor | None,
-    means: Sequence[Tensor],
-    vars: Sequence[Tensor],
+    means: Sequence[Tensor | None],
+    vars: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     eps: float,
     flags: int,
+    batch_stats: bool = False,
+    momentum: float | Tensor = 0.0,
 ) -> Tensor:
-    """The join of the kernels, each of whose parts is one operator that exporters know and runtimes fuse themselves."""
+    """The join of the kernels, each of whose parts is one operator that exporters know and runtimes fuse themselves.
+
+    With the batch's statistics, ``means`` and ``vars`` are the running ones that move, or Nones.
+    """
     dtype, inputs = ys[0].dtype, ys
+    wide = accumulate_dtype(dtype)
     with checks.without_autocast(ys[0]):
         if means:
-            wide = accumulate_dtype(dtype)
+            live = mask is not None and (mask.dim() == 1 or bool(flags & Flags.STATS_LIVE))
+            other = any(t is not None and t.dtype != wide for t in means)
+            if batch_stats and (live or other or isinstance(momentum, Tensor)):  # not the statistics of batch_norm
+                return _of_live_statistics(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
+            share = 0.0 if isinstance(momentum, Tensor) else momentum
             params = [[None if p is None else p.to(wide) for p in of_all] for of_all in (means, vars, weights, biases)]
             parts = zip(ys, *params, strict=True)
-            ys = [F.batch_norm(y, mean, var, weight, bias, eps=eps) for y, mean, var, weight, bias in parts]
+            ys = [F.batch_norm(y, mean, var, w, b, batch_stats, share, eps) for y, mean, var, w, b in parts]
         if mask is not None:
             return reference.join(ys, mask, [], [], [], [], eps, flags).to(dtype)
         if flags & Flags.RELU_BRANCH:
@@ -50,3 +70,30 @@ def join(
             out = ys[0].clone() if ys[0] is inputs[0] else ys[0]  # which may be changed in place
         out = F.relu(out) if flags & Flags.RELU_OUTPUT else out
         return F.max_pool2d(out, 2) if flags & Flags.POOL_AFTER else out
+
+
+def _of_live_statistics(
+    ys: list[Tensor],
+    mask: Tensor | None,
+    means: Sequence[Tensor | None],
+    vars: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    eps: float,
+    flags: int,
+    momentum: float | Tensor,
+) -> Tensor:
+    """The same by the definition: of branches that are dropped, of running statistics of another dtype, of a momentum
+    that is a tensor."""
+    wide, running = accumulate_dtype(ys[0].dtype), [t for t in (*means, *vars) if t is not None]
+    if running:
+        with torch.no_grad():
+            of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
+            found = [reference.statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
+            mean, var, count = (torch.stack(parts) for parts in zip(*found, strict=True))
+            share = momentum.to(wide).expand(len(ys)) if isinstance(momentum, Tensor) else momentum
+            reference.update_running(running, mean, var, count.to(wide), share)
+    one, zero = (ys[0].new_full(ys[0].shape[1:2], value, dtype=wide) for value in (1.0, 0.0))
+    scale = [one if w is None else w.to(wide) for w in weights]
+    shift = [zero if b is None else b.to(wide) for b in biases]
+    return reference.normalised_join(ys, mask, None, None, scale, shift, eps, flags)

@@ -168,7 +168,7 @@ def masked_mean_join(
     if pool is not None:
         checks.poolable(op, ys[0])
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
-    if exported.is_exporting():
+    if exported.foreign_tool():
         return exported.join(ys, mask, [], [], [], [], 0.0, flags)
     return _PlainJoin.apply(flags, backend, mask, *_distinct(ys))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -217,8 +217,8 @@ def normalised_join(
     running = [t for t in (*running_means, *running_vars) if t is not None]
     if not batch_stats and torch.is_grad_enabled() and any(t.requires_grad for t in running):
         raise ValueError(f"{op}: expected running statistics that require no gradient: they have none")
-    if not batch_stats and exported.is_exporting():
-        return exported.join(ys, mask, running[:k], running[k:], weights, biases, eps, flags)
+    if exported.foreign_tool() and not synchronised:
+        return exported.join(ys, mask, running_means, running_vars, weights, biases, eps, flags, batch_stats, momentum)
     if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
         params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]

@@ -1,7 +1,8 @@
-"""Second derivatives.
+"""Second derivatives, and many first ones at once.
 
-The backwards are kernels. Where a gradient is itself to be differentiated (``create_graph=True``), it is computed by
-PyTorch's operators from the definition instead, at their speed and with their memory.
+The backwards are kernels. Where a gradient is itself to be differentiated (``create_graph=True``), or many are computed
+as one (``is_grads_batched=True``), it is done by PyTorch's operators from the definition instead, at their speed and
+with their memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Of a ``backward``: ``again``, of the same arguments, takes its place where the graph is to be differentiated.
+    """Of a ``backward``: ``again``, of the same arguments, takes its place where the graph is to be differentiated, and
+    where many gradients come at once.
 
     Where it returns None, differentiating is an error. PyTorch's own decorator lets only those second derivatives fail
     whose incoming gradient requires one. Where that is a constant (of a sum, say, or a frozen head) the gradient would
@@ -34,19 +36,27 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
 
         @wraps(backward)
         def wrapper(ctx: Any, *grads: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                return once(ctx, *grads)
+            if not torch.is_grad_enabled() and not _is_batched(grads[0]):
                 return backward(ctx, *grads)
-            if not torch.compiler.is_compiling():
-                with checks.without_autocast(grads[0]):
-                    found = again(ctx, *grads)
-                if found is not None:
-                    return found
+            with torch.enable_grad(), checks.without_autocast(grads[0]):
+                found = again(ctx, *grads)
+            if found is None:
                 grads = tuple(g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in grads)
-            return once(ctx, *grads)
+                return once(ctx, *grads)
+            if torch.is_grad_enabled():
+                return found
+            return tuple(None if g is None else g.clone() for g in found)  # without a graph; detach() takes no batch
 
         return wrapper
 
     return decorate
+
+
+def _is_batched(grad: Any) -> bool:
+    """Whether it is many gradients as one (``is_grads_batched=True``), which our operators do not take."""
+    return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def inputs_of(ctx: Any) -> list[Tensor | None]:

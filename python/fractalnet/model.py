@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fractal_kernels import compiling, sync_batch_norm
+from fractal_kernels.ops.exported import foreign_tool
 from fractal_kernels.schedule import MAX_COLUMNS
 
 from . import drop_path, export
@@ -285,6 +286,11 @@ class FractalNet(nn.Module, Hub):
             if torch.compiler.is_compiling() and any(self._composed):
                 dense = True  # the same, since nothing is dropped, and without a look at the path: one graph
         elif path is None:
+            if tool := foreign_tool():
+                raise RuntimeError(
+                    f"FractalNet: expected evaluation, or a path, got {tool} in training, which would keep the path "
+                    "sampled now; fractalnet.export.plain(model) is a network of PyTorch's own operators"
+                )
             path = self.sample_path(x.shape[0])
             if self.global_mode == "tied":
                 columns = [drop_path.column_path(len(self.blocks), self.columns, c) for c in range(self.columns)]
