@@ -16,15 +16,18 @@ import cuda_code
 import pytest
 import torch
 from cases import Case, all_flags, check, draw, plain_flags
-from conftest import SIMULATED
+from conftest import INTERPRETED, SIMULATED
 from unread import read_nothing
 
 from fractal_kernels import BackendUnavailable, available_backends, backends, bn_relu_join, masked_mean_join
 
 HERE = Path(__file__).resolve().parent
-SUITE = [str(HERE / name) for name in ("test_ops.py", "test_running.py", "test_gpu.py", "test_cuda.py")]
+SUITE = [
+    str(HERE / name) for name in ("test_ops.py", "test_edges.py", "test_running.py", "test_gpu.py", "test_cuda.py")
+]
 # By the sanitizers: all flags, and what is at the edges.
 EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
+EDGES += " or test_edges"
 needs_compiler = pytest.mark.skipif(cuda_code.compiler() is None, reason="needs a C++ compiler: c++ or g++")
 thorough = pytest.mark.skipif(os.environ.get("FRACTAL_CUDA") != "all", reason="for make simt: FRACTAL_CUDA=all")
 needs_nvcc = pytest.mark.skipif(
@@ -99,6 +102,28 @@ def test_more_channels_than_a_grid_has_rows(gpu_backend):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(16, 8, 32, 32), (3, 33, 7, 5), (64, 3, 1, 1)], ids=str)
+def test_variance_far_from_zero(shape, layout, gpu_backend):
+    """A mean of 500,000 standard deviations takes nothing from the variance: origins are subtracted before means."""
+    if gpu_backend != "cuda":
+        pytest.skip("for the CUDA kernels, which keep an origin")
+    y = (torch.randn(shape) + 5e5).contiguous(memory_format=layout)
+    exact = y.double().transpose(0, 1).flatten(1).var(1, correction=0)
+    _, var, _ = torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend)
+    torch.testing.assert_close(var[0].double(), exact, rtol=2e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_many_partials(gpu_backend):
+    """Threads of a merge take several, and several batches: of 256 blocks and more."""
+    if INTERPRETED:
+        pytest.skip("blocks of the interpreter take minutes")
+    for case in (Case(1), Case(1, mask="sample", stats="live")):
+        check(case, draw(case, torch.float32, (7, 1, 149, 149)), gpu_backend)
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     # Optimising takes the compiler longer than it could save these short runs.
@@ -135,7 +160,14 @@ def execute(library: Path, select: str, shards: int = 1, **environment: str) -> 
 @outside
 def test_every_flag_executed(library):
     """Against the oracle; in every dtype and shape, all instances: the next test."""
-    execute(library, "all_flags or plain_flags or number_of_branches", shards=2)
+    more = "running_statistics or pools_of_odd_sizes or dropped_branches or strides_of_2_31 or far_from_zero or windows"
+    execute(library, f"all_flags or plain_flags or number_of_branches or test_edges or {more}", shards=2)
+
+
+@needs_compiler
+@outside
+def test_several_hundred_blocks(library):
+    execute(library, "many_partials", FRACTAL_SIMT_PROCESSORS="1000")
 
 
 @needs_compiler
@@ -152,8 +184,9 @@ def test_every_kernel_executed(library, tmp_path):
 
 @needs_compiler
 @outside
-def test_what_is_dropped_is_not_loaded(library):
-    read_nothing("cuda", FRACTAL_SIMT=str(library))
+@pytest.mark.parametrize("what", ["dropped", "ends"])
+def test_what_is_not_to_be_loaded(what, library):
+    read_nothing("cuda", what, FRACTAL_SIMT=str(library))
 
 
 PRINT_RESULTS = """

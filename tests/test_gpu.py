@@ -54,7 +54,6 @@ def test_many_tiles(case, dtype, gpu_backend):
         assert_results(case, data, result, expected)
 
 
-@needs_gpu
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("shape", test_batchnorm.FAR_SHAPES, ids=str)
 def test_statistics_far_from_zero(shape, layout, gpu_backend):
@@ -167,26 +166,55 @@ def test_more_than_2_31_elements(layout, gpu_backend, gives_memory_back):
         assert torch.equal(dy[n : n + 1], ops.join_backward_apply(*args)[0])
 
 
-@pytest.mark.parametrize("strides", [(0, 1, 1_440_000_000, 720_000_000), (0, 2_200_000_000, 2, 1)], ids=str)
-def test_strides_of_2_31_elements(strides, gpu_backend, gives_memory_back):
-    """A window's last pixel, and a channel, so far from the first. The host touches a few pages of these 10 GB."""
+FAR = 3_900_000_000  # numbers, of which tests on the host touch a few pages
+
+
+def far_from(near: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same values, some of them more than 2**31 numbers from the first."""
     if SIMULATED or INTERPRETED:
-        memory = mmap.mmap(-1, 4 * 2_400_000_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        memory = mmap.mmap(-1, 4 * FAR, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
         far = torch.frombuffer(memory, dtype=torch.float32)
     else:
-        far = torch.empty(2_400_000_000)
-    far = far.as_strided((1, 2, 2, 2), strides)
-    near = torch.randn(1, 2, 2, 2)
-    far.copy_(near)
+        far = torch.empty(FAR)
+    return far.as_strided(near.shape, strides).copy_(near)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "pool"),
+    [
+        ((1, 2, 2, 2), (0, 1, 1_440_000_000, 720_000_000), "before"),  # a window's last pixel
+        ((1, 2, 4, 2), (0, 1, 1_100_000_000, 550_000_000), "before"),  # a second window's row
+        ((1, 2, 2, 2), (0, 2_200_000_000, 2, 1), None),  # a channel
+        ((1, 3, 2, 2), (0, 1_100_000_000, 2, 1), "before"),  # a third channel, of a stride below 2**31
+        ((1, 2, 2, 2), (0, 1, 1_440_000_000, 720_000_000), None),  # pixels, and those of the gradient
+        ((2, 2, 2, 2), (2_200_000_000, 1, 4, 2), None),  # a sample
+        ((2, 2, 2, 2), (2_200_000_000, 4, 2, 1), None),
+    ],
+    ids=str,
+)
+def test_strides_of_2_31_elements(shape, strides, pool, gpu_backend, gives_memory_back):
+    channels = shape[1]
     layout = torch.channels_last if strides[1] == 1 else torch.contiguous_format
-    near, grad = near.to(memory_format=layout), torch.randn(1, 2, 1, 1)
-    stats = [torch.zeros(2)], [torch.ones(2)]
+    near = torch.randn(shape).to(memory_format=layout)
+    grad = torch.randn(1, channels, shape[2] // 2, 1) if pool else torch.randn(shape).to(memory_format=layout)
+    stats = [torch.zeros(channels)], [torch.ones(channels)]
     results = []
-    for y in (near, far):
+    for y, g in ((near, grad), (far_from(near, strides), grad if pool else far_from(grad, strides))):
         y.requires_grad_()
-        out = bn_relu_join([y], None, None, *stats, training=False, pool="before", backend=gpu_backend)
-        results.append([out, *torch.autograd.grad(out, y, grad)])
+        w, b = torch.ones(channels).requires_grad_(), torch.zeros(channels).requires_grad_()
+        out = bn_relu_join([y], [w], [b], *stats, training=False, pool=pool, backend=gpu_backend)
+        results.append([out, *torch.autograd.grad(out, [y, w, b], g)])
     for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strides", [(0, 1, 1_100_000_000), (0, 1_100_000_000, 1)], ids=str)
+def test_statistics_of_strides_of_2_31_elements(strides, gpu_backend, gives_memory_back):
+    near = torch.randn(1, 3, 2)
+    far = far_from(near, strides)
+    near = near.transpose(1, 2).contiguous().transpose(1, 2) if strides[1] == 1 else near
+    stats = [torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend) for y in (near, far)]
+    for a, b in zip(*stats, strict=True):
         assert torch.equal(a, b)
 
 

@@ -52,6 +52,14 @@ def test_candidates(size, elements):
             assert choice[:3] == (*rule, config.WARPS) and 2 <= choice.programs_per_processor <= 4
 
 
+def test_rows_are_of_one_channel():
+    for dtype, row in ((SINGLE, 4), (HALF, 8)):
+        assert config.row_of(dtype, False, 1, 16) == row
+        assert config.row_of(dtype, True, 1, 16) == 1  # channels_last
+        assert config.row_of(dtype, False, 2, 16) == 1  # more than 65535 channels: a lane walks several
+        assert config.row_of(dtype, False, 1, 18) == 1
+
+
 def test_a_class_has_one_list_of_candidates():
     """Else a choice that is tuned for one call of a class would be none for another."""
     lists = {}

@@ -19,6 +19,7 @@ from fractal_kernels.library import POOL, Flags
 pytest.importorskip("triton", reason="Triton is not installed")
 import triton_aot  # noqa: E402
 
+import fractal_kernels.triton as launchers  # noqa: E402
 from fractal_kernels.triton import config  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +36,8 @@ TESTS = " or ".join(
         "all_flags", "plain_flags", "number_of_branches", "everything_dropped", "empty_batch", "mask_dtypes",
         "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck", "statistics_of_dropped_branches",
         "dropped_branches_are_not_read", "dropped_sample", "windows_of_minus_infinity", "no_channels", "expanded",
-        "only_the_gradients", "running_statistics", "strides_of_2_31",
+        "only_the_gradients", "running_statistics", "strides_of_2_31", "edges", "few_programs", "windows_with_nan",
+        "nothing_is_written_beside",
     )
 )  # fmt: skip
 PROCESSES = 2
@@ -52,7 +54,7 @@ def interpreted(*command: str) -> subprocess.Popen[str]:
 
 def test_every_flag_under_the_interpreter():
     """Forward and gradients of every combination of flags against the float64 oracle."""
-    files = [str(HERE / f"test_{name}.py") for name in ("ops", "running", "triton", "gpu")]
+    files = [str(HERE / f"test_{name}.py") for name in ("ops", "edges", "running", "triton", "gpu")]
     suite = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "-k", TESTS)
     running = [interpreted(*suite, "--shard", f"{i}/{PROCESSES}") for i in range(PROCESSES)]
     for process in running:
@@ -70,6 +72,70 @@ def test_every_byte_is_moved_once():
     assert len(rows) >= 20
     for row in rows:
         assert row["bytes_per_element"] == row["minimum"], row
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(mask="sample"),
+        Case(mask="sample", stats="live", activation="output"),
+        Case(mask="batch", pool="before"),
+        Case(pool="after"),
+        Case(affine=False, normalise=False, mask="sample", activation="none"),
+    ],
+    ids=str,
+)
+def test_few_programs(case, monkeypatch):
+    """A program walks several tiles, and a merge's row several partials, as in tensors of a GPU's size."""
+    grid = launchers._Call.grid
+
+    def few(call, device):
+        programs, blocks = grid(call, device)
+        assert call.count > 2 * call.choice.sites or not call.case.channels_last
+        return min(programs, 2), blocks
+
+    monkeypatch.setattr(launchers._Call, "grid", few)
+    monkeypatch.setattr(config, "merge", lambda channels: config.Tile(1, 4))
+    with on_backend("triton") as backend:
+        for layout in ("channels_last", "contiguous"):
+            check(case, draw(case, SINGLE, (3, 3, 21, 20), [layout]), backend)
+
+
+def guarded(shape: tuple[int, ...], layout: torch.memory_format) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A tensor between numbers that nobody may write over, and these."""
+    size = torch.Size(shape).numel()
+    memory = torch.full((size + 8192,), 7.0)
+    inner = memory[4096 : 4096 + size]
+    if layout == torch.channels_last:
+        n, c, h, w = shape
+        return inner.view(n, h, w, c).permute(0, 3, 1, 2), [memory[:4096], memory[4096 + size :]]
+    return inner.view(shape), [memory[:4096], memory[4096 + size :]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [PLAIN, BEFORE, AFTER])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_nothing_is_written_beside_the_outputs(layout, flags):
+    """Not by lanes of a tile beyond the last channel or site."""
+    k, c, shape = 2, 5, (2, 5, 5, 7)
+    small, last = (2, 5, 2, 3) if flags & POOL else shape, layout == torch.channels_last
+    with on_backend("triton"):
+        ys = [torch.randn(shape).to(memory_format=layout) for _ in range(k)]
+        grad = torch.randn(small).to(memory_format=layout)
+        norm = [[torch.rand(c) + 0.5 for _ in range(k)] for _ in range(4)]
+        shapes = [small, shape, shape, (k, c), (k, c), (k,), *[(c,)] * (2 * k)]
+        made = [guarded(s, layout if len(s) == 4 else torch.contiguous_format) for s in shapes]
+        out, dy, dx, s, t, count, *running = (tensor for tensor, _ in made)
+        launchers.channel_stats(s, t, count, ys, None, running, 0.1, None, last)
+        launchers.join_backward_reduce(s, t, grad, ys, None, *norm, 1e-5, flags, last)
+        launchers.join_forward(out, ys, None, *norm, 1e-5, flags, last)
+        launchers.join_backward_apply([dy, dx], grad, ys, None, *norm, [s, t, count], 1e-5, flags, last)
+    for tensor, guards in made:
+        assert all((guard == 7).all() for guard in guards) and not (tensor == 7).any()
 
 
 # --- machine code --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Runs joins whose dropped branches and samples lie in memory that may not be read: who loads them, dies.
+"""Runs joins beside memory that may not be read: who loads it, dies. It is where dropped branches and samples are, or
+behind the ends of inputs and gradients.
 
-    python unread.py BACKEND
+    python unread.py BACKEND dropped|ends
 
 A program of its own, which a segmentation fault ends. FRACTAL_SIMT names a library that executes the CUDA kernels.
 """
@@ -74,15 +75,8 @@ def steps(ys: list[Tensor], mask: Tensor, backend: str) -> Iterator[str]:
                 yield f"{pool}, {activation}, {'training' if training else 'evaluation'}"
 
 
-def main(backend: str) -> None:
-    if simulated := os.environ.get("FRACTAL_SIMT"):
-        torch.ops.load_library(simulated)
-        backends._simulated = True
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        import quick_interpreter
-
-        quick_interpreter.quicken(sanitize=False)
-    torch.manual_seed(0)
+def dropped(backend: str) -> int:
+    """Runs all steps where what a mask drops may not be read; returns how many."""
     count = 0
     sample = torch.tensor([[True, False, True, False], [False, False, True, True], [True, False, False, True]])
     for mask in (torch.tensor([True, False, True]), sample):
@@ -93,10 +87,52 @@ def main(backend: str) -> None:
                     count += 1
                     layout = "channels_last" if channels_last else "contiguous"
                     print(f"{layout}, mask {list(mask.shape)}: {what}", flush=True)
-    print(f"{count} steps read nothing that is dropped", flush=True)
+    return count
 
 
-def read_nothing(backend: str, **environment: str) -> None:
+def at_an_end(shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """Random numbers behind which nothing may be read."""
+    n, c, h, w = shape
+    size = 4 * n * c * h * w
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = torch.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), dtype=torch.float32)
+    if _protect(memory.data_ptr() + pages, mmap.PAGESIZE, NOTHING):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    flat = memory[(pages - size) // 4 : pages // 4]
+    t = flat.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else flat.view(shape)
+    return t.copy_(torch.randn(shape))
+
+
+def ends(backend: str) -> int:
+    """The same of odd sizes at the ends of memory: nothing past a window, a vector or a tile is loaded."""
+    count, (n, c, h, w) = 0, (2, 5, 5, 7)
+    for channels_last in (True, False):
+        for pool in (None, "before", "after"):
+            for training in (True, False):
+                ys = [at_an_end((n, c, h, w), channels_last).requires_grad_() for _ in range(2)]
+                norms = [[torch.ones(c).requires_grad_() for _ in range(2)] for _ in range(2)]
+                running = [[torch.rand(c).add_(0.5) for _ in range(2)] for _ in range(2)]
+                out = bn_relu_join(ys, *norms, *running, None, training, pool=pool, backend=backend)
+                grad = at_an_end(tuple(out.shape), channels_last)
+                torch.autograd.grad(out, [*ys, *norms[0], *norms[1]], grad)
+                count += 1
+                print(f"{'channels_last' if channels_last else 'contiguous'}, {pool}, {training}", flush=True)
+    return count
+
+
+def main(backend: str, what: str) -> None:
+    if simulated := os.environ.get("FRACTAL_SIMT"):
+        torch.ops.load_library(simulated)
+        backends._simulated = True
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import quick_interpreter
+
+        quick_interpreter.quicken(sanitize=False)
+    torch.manual_seed(0)
+    print(f"{(ends if what == 'ends' else dropped)(backend)} steps read nothing of it", flush=True)
+
+
+def read_nothing(backend: str, what: str = "dropped", **environment: str) -> None:
     """Fails with what the program said last."""
     here = Path(__file__).resolve()
     env = {
@@ -105,12 +141,14 @@ def read_nothing(backend: str, **environment: str) -> None:
         **environment,
         "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    command = [sys.executable, str(here), backend]
+    command = [sys.executable, str(here), backend, what]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     if run.returncode == -signal.SIGSEGV:
-        raise MemoryError(f"{backend} read what is dropped, after: {run.stdout[-200:]}")
-    assert run.returncode == 0 and "52 steps read nothing" in run.stdout, (run.returncode, run.stdout, run.stderr)
+        raise MemoryError(f"{backend} read {what}, after: {run.stdout[-200:]}")
+    steps_run = {"dropped": 52, "ends": 12}[what]
+    there = f"{steps_run} steps read nothing" in run.stdout
+    assert run.returncode == 0 and there, (run.returncode, run.stdout, run.stderr)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

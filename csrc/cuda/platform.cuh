@@ -50,7 +50,7 @@ using Word = typename WordOf<Bytes>::Type;
 template <class W>
 __device__ __forceinline__ W load_word(const W* from) {
 #if defined(FRACTAL_SIMT)
-  return *from;
+  return *simt::aligned(from);
 #else
   return __ldg(from);
 #endif
@@ -58,6 +58,9 @@ __device__ __forceinline__ W load_word(const W* from) {
 
 template <class W>
 __device__ __forceinline__ void store_word(W* to, W word) {
+#if defined(FRACTAL_SIMT)
+  simt::aligned(to);
+#endif
   *to = word;
 }
 

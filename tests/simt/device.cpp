@@ -41,6 +41,10 @@ void note_kernel(void* kernel) {
 Device::Device(int32_t index) : index(index), stream(nullptr) {}
 
 int architecture(int32_t) { return 90; }
-int processors(int32_t) { return 2; }  // so that threads walk several units of small tensors
+
+int processors(int32_t) {  // two, so that threads walk several units of small tensors
+  const char* number = std::getenv("FRACTAL_SIMT_PROCESSORS");
+  return number == nullptr ? 2 : std::atoi(number);
+}
 
 }  // namespace fractal::cuda

@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -168,6 +169,18 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+
+namespace simt {
+
+// Of a load or store of global memory: a GPU stops at an address that is not a multiple of its size, and a CPU does
+// not.
+template <class T>
+T* aligned(T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T)) throw std::runtime_error("misaligned global address");
+  return address;
+}
+
+}  // namespace simt
 
 // A macro, because newer C libraries declare a function of this name.
 #define rsqrtf(x) __frsqrt_rn(x)
