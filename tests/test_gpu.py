@@ -166,16 +166,16 @@ def test_more_than_2_31_elements(layout, gpu_backend, gives_memory_back):
         assert torch.equal(dy[n : n + 1], ops.join_backward_apply(*args)[0])
 
 
-FAR = 3_900_000_000  # numbers, of which tests on the host touch a few pages
+FAR = 3_900_000_000  # of two bytes, so that four processes fit on a GPU; on the host a few pages are touched
 
 
 def far_from(near: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """The same values, some of them more than 2**31 numbers from the first."""
     if SIMULATED or INTERPRETED:
-        memory = mmap.mmap(-1, 4 * FAR, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
-        far = torch.frombuffer(memory, dtype=torch.float32)
+        memory = mmap.mmap(-1, 2 * FAR, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        far = torch.frombuffer(memory, dtype=torch.float16)
     else:
-        far = torch.empty(FAR)
+        far = torch.empty(FAR, dtype=torch.float16)
     return far.as_strided(near.shape, strides).copy_(near)
 
 
@@ -195,8 +195,12 @@ def far_from(near: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 def test_strides_of_2_31_elements(shape, strides, pool, gpu_backend, gives_memory_back):
     channels = shape[1]
     layout = torch.channels_last if strides[1] == 1 else torch.contiguous_format
-    near = torch.randn(shape).to(memory_format=layout)
-    grad = torch.randn(1, channels, shape[2] // 2, 1) if pool else torch.randn(shape).to(memory_format=layout)
+    near = torch.randn(shape).half().to(memory_format=layout)
+    grad = (
+        torch.randn(1, channels, shape[2] // 2, 1).half()
+        if pool
+        else torch.randn(shape).half().to(memory_format=layout)
+    )
     stats = [torch.zeros(channels)], [torch.ones(channels)]
     results = []
     for y, g in ((near, grad), (far_from(near, strides), grad if pool else far_from(grad, strides))):
@@ -210,7 +214,7 @@ def test_strides_of_2_31_elements(shape, strides, pool, gpu_backend, gives_memor
 
 @pytest.mark.parametrize("strides", [(0, 1, 1_100_000_000), (0, 1_100_000_000, 1)], ids=str)
 def test_statistics_of_strides_of_2_31_elements(strides, gpu_backend, gives_memory_back):
-    near = torch.randn(1, 3, 2)
+    near = torch.randn(1, 3, 2).half()
     far = far_from(near, strides)
     near = near.transpose(1, 2).contiguous().transpose(1, 2) if strides[1] == 1 else near
     stats = [torch.ops.fractal_kernels.channel_stats([y], None, [], 0.0, None, gpu_backend) for y in (near, far)]

@@ -51,7 +51,7 @@ def join(
     with checks.without_autocast(ys[0]):
         if means:
             live = mask is not None and (mask.dim() == 1 or bool(flags & Flags.STATS_LIVE))
-            other = any(t is not None and t.dtype != wide for t in means)
+            other = any(t is not None and t.dtype != wide for t in (*means, *vars))
             if batch_stats and (live or other or isinstance(momentum, Tensor)):  # not the statistics of batch_norm
                 return _of_live_statistics(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
             share = 0.0 if isinstance(momentum, Tensor) else momentum
