@@ -164,12 +164,13 @@ def unfuse(model: nn.Module) -> list[str]:
     (attribution, quantization, ``torch.fx``, counters of operations). ``fuse`` may follow again.
 
     Args:
-        model: any module; modules of this package that ``fuse`` has not made stay.
+        model: the whole of what ``fuse`` was given: under torch.compile a ReLU relies on its batch norms. Modules of
+            this package that ``fuse`` has not made stay.
     Returns:
         The names of the batch norms, which are ``torch.nn.BatchNorm2d`` again.
     Raises:
         TypeError: model is not a module. ValueError: a batch norm is synchronised (:func:`sync_batch_norm`), which
-            PyTorch's would not be.
+            PyTorch's would not be, or a module is of another class since (parametrised, say); nothing is changed then.
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> unfuse(model), fuse(model).fused, unfuse(model)
@@ -177,17 +178,20 @@ def unfuse(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    fused = {m: name for name, m in model.named_modules() if isinstance(m, BatchNormReLU2d) and m.marks}
-    if synchronised := [name for bn, name in fused.items() if bn.sync_group is not None]:
-        raise ValueError(f"unfuse: expected batch norms that are not synchronised, got {', '.join(synchronised)}")
     own = {m.conv for m in model.modules() if isinstance(m, ConvBNReLU)}
-    made = {BatchNormReLU2d: nn.BatchNorm2d, FusedReLU: nn.ReLU, StepConv2d: nn.Conv2d}
-    for module in model.modules():
-        if module in fused or type(module) in (FusedReLU, StepConv2d) and module not in own:
-            for name in ("marks", "alone", "recompute"):
-                vars(module).pop(name, None)
-            module.__class__ = made[type(module)]
-    return list(fused.values())
+    plain = {BatchNormReLU2d: nn.BatchNorm2d, FusedReLU: nn.ReLU, StepConv2d: nn.Conv2d}
+    found = {m: name for name, m in model.named_modules() if isinstance(m, tuple(plain)) and m not in own}
+    made = {m: name for m, name in found.items() if not isinstance(m, BatchNormReLU2d) or m.marks}
+    for module, name in made.items():
+        if getattr(module, "sync_group", None) is not None:
+            raise ValueError(f"unfuse: expected batch norms that are not synchronised, got {name}")
+        if type(module) not in plain:
+            raise ValueError(f"unfuse: expected {name} as fuse left it, got a {type(module).__name__}")
+    for module in made:
+        module.__class__ = plain[type(module)]
+        for attribute in ("marks", "alone", "recompute"):
+            vars(module).pop(attribute, None)
+    return [name for module, name in made.items() if type(module) is nn.BatchNorm2d]
 
 
 def _problem(bn: nn.BatchNorm2d, uses: list[Use]) -> str:

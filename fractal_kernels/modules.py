@@ -14,7 +14,7 @@ from . import backends, checks, sync
 from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv2d_3x3, is_plain_3x3
-from .ops.exported import foreign_tool
+from .ops.exported import TRANSFORM, foreign_tool
 from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
 from .ops.recompute import recomputed
 
@@ -106,8 +106,11 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     marks = False  # set by fuse: whether a FusedReLU is to know its outputs
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.marks and self.sync_group is None and foreign_tool():
-            return super().forward(input)  # its ReLU follows, as the model was written
+        if self.marks and self.sync_group is None and (tool := foreign_tool()):
+            out = super().forward(
+                input
+            )  # its ReLU follows, as the model was written; but where it is out of a transform
+            return out.relu() if tool == TRANSFORM else out
         self._check_input_dim(input)
         out = bn_relu(
             input,

@@ -116,13 +116,20 @@ def channel_stats(
         update_running(running, mean, var, count, momentum if momenta is None else momenta)
 
 
-def update_running(running: List, mean: Tensor, var: Tensor, count: Tensor, momentum: float | Tensor) -> None:
-    """k running means and k running (unbiased) variances, in place; a branch without values keeps its own."""
+def updates(
+    running: List, mean: Tensor, var: Tensor, count: Tensor, momentum: float | Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of k running means and k running (unbiased) variances: each, the new value, and its share, 0 of no values."""
     unbiased = var * (count / (count - 1).clamp(min=1)).unsqueeze(1)
     factors = ((count > 0).to(count.dtype) * momentum).unbind()
     batch = zip((*mean.unbind(), *unbiased.unbind()), (*factors, *factors), running, strict=True)
-    pairs = [(new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch]
-    torch._foreach_lerp_(running, [new for new, _ in pairs], [share for _, share in pairs])
+    return [(old, new.to(old.dtype), share.to(old.dtype)) for new, share, old in batch]
+
+
+def update_running(running: List, mean: Tensor, var: Tensor, count: Tensor, momentum: float | Tensor) -> None:
+    """The running statistics move, in place."""
+    moves = updates(running, mean, var, count, momentum)
+    torch._foreach_lerp_(running, [new for _, new, _ in moves], [share for _, _, share in moves])
 
 
 def join(
@@ -157,7 +164,7 @@ def normalised_join(
         found = [statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
         means = [mean for mean, _, _ in found]
         vars = [torch.where(count > 0, var, 1) for _, var, count in found]  # of no values: eps may be 0
-    return join([_where_alive(mask, i, y) for i, y in enumerate(ys)], mask, means, vars, weights, biases, eps, flags)
+    return join([where_alive(mask, i, y) for i, y in enumerate(ys)], mask, means, vars, weights, biases, eps, flags)
 
 
 def join_forward(
@@ -227,8 +234,8 @@ def join_backward_apply(
             dz = dz - _per_channel(mean_dz, dz) - _xhat(ys[i], means[i], vars[i], eps) * _per_channel(mean_dzx, dz)
         # A dropped sample gets no gradient, unless the statistics ran over it too.
         elsewhere = bool(sums) and mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
-        dy.copy_(dz * _per_channel(scale, dz) if elsewhere else _where_alive(mask, i, dz * _per_channel(scale, dz)))
+        dy.copy_(dz * _per_channel(scale, dz) if elsewhere else where_alive(mask, i, dz * _per_channel(scale, dz)))
 
 
-def _where_alive(mask: Tensor | None, i: int, value: Tensor) -> Tensor:
+def where_alive(mask: Tensor | None, i: int, value: Tensor) -> Tensor:
     return torch.where(_alive(mask, i, value), value, 0)

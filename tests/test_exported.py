@@ -171,9 +171,7 @@ def test_an_exported_program_can_be_trained(name, training, strict):
 
 def test_a_block_in_training_is_not_exported():
     net, x = fractalnet.create("fractal_c2", channels=(8,), image_size=8), torch.randn(2, 3, 8, 8)
-    with pytest.raises(
-        RuntimeError, match=r"FractalNet: expected evaluation, or a path, got torch\.export in training"
-    ):
+    with pytest.raises(RuntimeError, match=r"FractalNet: expected evaluation, got torch\.export in training"):
         torch.export.export(net, (x,))
 
     class Block(nn.Module):
@@ -212,6 +210,48 @@ def test_transforms(training, dtype):
         found.append(torch.utils._pytree.tree_leaves(got))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_transform_that_ends_before_the_relu():
+    """Compiled, the ReLU relies on its batch norm, which was in the transform."""
+    eager = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    fused, x = copy.deepcopy(eager), torch.randn(2, 3, 6, 6)
+    assert fk.fuse(fused).fused == ["1"]
+
+    def call(net, x):
+        return net[2](torch.func.vmap(lambda t: net[1](net[0](t[None]))[0])(x))
+
+    for run in (call, torch.compile(call, backend="eager")):
+        torch.testing.assert_close(run(fused, x), eager(x))
+
+
+@pytest.mark.parametrize("make", [lambda: fk.ConvBNReLU(3, 16), lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Masked())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ensemble(make, dtype):
+    """Models with statistics of their own, run as one, in training and in evaluation."""
+    nets, x = [make().to(dtype) for _ in range(3)], torch.randn(4, 3, 6, 6).to(dtype)
+    parameters, buffers = torch.func.stack_module_state(nets)
+    base = copy.deepcopy(nets[0]).to("meta")
+    for training in (True, False):
+        for net in (*nets, base):
+            net.train(training)
+        call = torch.func.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,)), in_dims=(0, 0, None))
+        out = call(parameters, buffers, x)
+        tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(out, torch.stack([net(x) for net in nets]), **tolerance)
+        for key, b in buffers.items():
+            torch.testing.assert_close(b, torch.stack([net.state_dict()[key] for net in nets]), **tolerance)
+
+
+def test_a_value_that_is_dropped_stays_out_of_transforms():
+    join = fk.BNReLUJoin(2, 3).eval()
+    a, b, mask = torch.randn(2, 3, 4, 4), torch.full((2, 3, 4, 4), float("nan")), torch.tensor([True, False])
+
+    def loss(p):
+        return torch.func.functional_call(join, p, ([a, b], mask)).sum()
+
+    grads = torch.func.grad(loss)(dict(join.named_parameters()))
+    assert all(g.isfinite().all() for g in grads.values()) and not grads["bns.1.weight"].any()
 
 
 def test_a_block_is_not_transformed():

@@ -261,7 +261,16 @@ def test_many_gradients_at_once(name, function):
     out = function(*inputs)
     grads = torch.randn(3, *out.shape, dtype=torch.float64)
     by = [torch.autograd.grad(out, inputs, g, retain_graph=True) for g in grads]
-    together = torch.autograd.grad(out, inputs, grads, is_grads_batched=True)
-    for i, t in enumerate(together):
+    together = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    vmapped = torch.func.vmap(lambda g: torch.autograd.grad(out, inputs, g, retain_graph=True))(grads)
+    for i, (t, v) in enumerate(zip(together, vmapped, strict=True)):
         assert not t.requires_grad
-        torch.testing.assert_close(t, torch.stack([b[i] for b in by]))
+        for found in (t, v):
+            torch.testing.assert_close(found, torch.stack([b[i] for b in by]))
+
+
+def test_many_gradients_of_dropout_are_refused():
+    x, weights = torch.randn(4, 16, 8, 8, requires_grad=True), [torch.randn(32, 16, 3, 3), torch.randn(16, 16, 3, 3)]
+    out = fk.fractal_block(x, weights, None, None, torch.ones(2, 2, dtype=torch.bool), dropout=0.5).out
+    with pytest.raises(RuntimeError, match="expected one gradient at a time of dropout"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)

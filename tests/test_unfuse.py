@@ -122,6 +122,13 @@ def test_unfuse_says_what_it_cannot():
     with pytest.raises(ValueError, match=r"unfuse: expected batch norms that are not synchronised, got 1"):
         fk.unfuse(model)
     assert type(model[1]) is fk.BatchNormReLU2d and type(model[2]) is FusedReLU
+    model[1].sync_group = None
+    nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"unfuse: expected 1 as fuse left it, got a ParametrizedBatchNormReLU2d"):
+        fk.unfuse(model)
+    assert type(model[2]) is FusedReLU
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert fk.unfuse(model) == ["1"]
 
 
 def test_a_forward_that_was_set_is_named():

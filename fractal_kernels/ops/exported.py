@@ -12,7 +12,9 @@ from torch import Tensor
 from .. import checks, compiling, reference
 from ..library import Flags, accumulate_dtype
 
-__all__ = ["foreign_tool", "join"]
+__all__ = ["TRANSFORM", "foreign_tool", "join"]
+
+TRANSFORM = "a transform of torch.func"
 
 
 @compiling.assume_constant_result
@@ -22,7 +24,7 @@ def foreign_tool() -> str:
     torch.export knows them, but not their gradients: its programs take neither Python nor our backwards along.
     """
     if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func"
+        return TRANSFORM
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         if torch.onnx.is_in_onnx_export():
             return "an export to ONNX"
@@ -54,6 +56,10 @@ def join(
             other = any(t is not None and t.dtype != wide for t in (*means, *vars))
             if batch_stats and (live or other or isinstance(momentum, Tensor)):  # not the statistics of batch_norm
                 return _of_live_statistics(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
+            if mask is not None and not batch_stats:  # else a NaN that is dropped would be in the weight's gradient
+                ys = [reference.where_alive(mask, i, y) for i, y in enumerate(ys)]
+            if foreign_tool() == TRANSFORM:  # whose batch_norm takes one dtype
+                ys = [y.to(wide) for y in ys]
             share = 0.0 if isinstance(momentum, Tensor) else momentum
             params = [[None if p is None else p.to(wide) for p in of_all] for of_all in (means, vars, weights, biases)]
             parts = zip(ys, *params, strict=True)
@@ -69,7 +75,7 @@ def join(
         else:
             out = ys[0].clone() if ys[0] is inputs[0] else ys[0]  # which may be changed in place
         out = F.relu(out) if flags & Flags.RELU_OUTPUT else out
-        return F.max_pool2d(out, 2) if flags & Flags.POOL_AFTER else out
+        return (F.max_pool2d(out, 2) if flags & Flags.POOL_AFTER else out).to(dtype)
 
 
 def _of_live_statistics(
@@ -92,7 +98,8 @@ def _of_live_statistics(
             found = [reference.statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
             mean, var, count = (torch.stack(parts) for parts in zip(*found, strict=True))
             share = momentum.to(wide).expand(len(ys)) if isinstance(momentum, Tensor) else momentum
-            reference.update_running(running, mean, var, count.to(wide), share)
+            for old, new, by in reference.updates(running, mean, var, count.to(wide), share):
+                old.lerp_(new, by)  # one by one, as vmap takes them
     one, zero = (ys[0].new_full(ys[0].shape[1:2], value, dtype=wide) for value in (1.0, 0.0))
     scale = [one if w is None else w.to(wide) for w in weights]
     shift = [zero if b is None else b.to(wide) for b in biases]

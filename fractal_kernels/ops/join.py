@@ -217,7 +217,9 @@ def normalised_join(
     running = [t for t in (*running_means, *running_vars) if t is not None]
     if not batch_stats and torch.is_grad_enabled() and any(t.requires_grad for t in running):
         raise ValueError(f"{op}: expected running statistics that require no gradient: they have none")
-    if exported.foreign_tool() and not synchronised:
+    if tool := exported.foreign_tool():
+        if synchronised:
+            raise RuntimeError(f"{op}: expected no process group, or evaluation, got {tool} of synchronised batch norm")
         return exported.join(ys, mask, running_means, running_vars, weights, biases, eps, flags, batch_stats, momentum)
     if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
         params += torch.stack(running).unbind() if torch.is_grad_enabled() else running

@@ -42,6 +42,11 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
                 return backward(ctx, *grads)
             with torch.enable_grad(), checks.without_autocast(grads[0]):
                 found = again(ctx, *grads)
+            if found is None and _is_batched(grads[0]):
+                raise RuntimeError(
+                    "expected one gradient at a time of dropout inside a fused block and of synchronised batch norm, "
+                    "got many at once (is_grads_batched, vmap)"
+                )
             if found is None:
                 grads = tuple(g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in grads)
                 return once(ctx, *grads)
@@ -55,8 +60,9 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
 
 
 def _is_batched(grad: Any) -> bool:
-    """Whether it is many gradients as one (``is_grads_batched=True``), which our operators do not take."""
-    return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
+    """Whether it is many gradients as one (``is_grads_batched=True``, vmap), which our operators do not take."""
+    functorch = torch._C._functorch
+    return isinstance(grad, Tensor) and (functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad))
 
 
 def inputs_of(ctx: Any) -> list[Tensor | None]:

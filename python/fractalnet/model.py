@@ -288,8 +288,8 @@ class FractalNet(nn.Module, Hub):
         elif path is None:
             if tool := foreign_tool():
                 raise RuntimeError(
-                    f"FractalNet: expected evaluation, or a path, got {tool} in training, which would keep the path "
-                    "sampled now; fractalnet.export.plain(model) is a network of PyTorch's own operators"
+                    f"FractalNet: expected evaluation, got {tool} in training, which would keep the path sampled "
+                    "now; fractalnet.export.plain(model) is a network of PyTorch's own operators"
                 )
             path = self.sample_path(x.shape[0])
             if self.global_mode == "tied":
