@@ -193,7 +193,8 @@ def fractal_block(
         or saved_tensors_hooks see it.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
-        RuntimeError: a gradient of dropout in training, or over a group, is differentiated.
+        RuntimeError: a gradient of dropout in training, or over a group, is differentiated, or is of many at once; an
+            exporter or a transform of torch.func runs this, which does not know it.
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), equation 1 and section 3.
     Example:

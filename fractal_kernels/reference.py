@@ -63,8 +63,9 @@ def _joined(zs: List, mask: Tensor | None, flags: int) -> Tensor:
 def _unpool(value: Tensor, grad: Tensor) -> Tensor:
     """The gradient of a 2x2 max-pool of ``value``: all of it to the largest element of each window."""
     where = F.max_pool2d(value, 2, return_indices=True)[1]
-    flat = grad.reshape(*where.shape[:2], -1)  # flatten() takes no batch of gradients
-    return torch.zeros_like(value).flatten(2).scatter(2, where.flatten(2), flat).view_as(value)
+    where = where.flatten(2)
+    flat = grad.reshape(where.shape)  # flatten() takes no batch of gradients
+    return torch.zeros_like(value).flatten(2).scatter(2, where, flat).view_as(value)
 
 
 def input_gradients(grad: Tensor, zs: List, mask: Tensor | None, flags: int) -> List:

@@ -251,7 +251,7 @@ def _statistics(
     mask = None if of_all else mask
     if not group:
         return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
-    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats.default(ys, mask, [], 0.0, None, backend), group)
+    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
     if running:
         reference.update_running(running, mean, var, count, momentum if momenta is None else momenta)
     return mean, var, count
