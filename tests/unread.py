@@ -67,11 +67,12 @@ def steps(ys: list[Tensor], mask: Tensor, backend: str) -> Iterator[str]:
     wanted = [*ys, *norms[0], *norms[1]]
     step(masked_mean_join(ys, mask, backend=backend), ys)
     yield "mean"
-    for pool, activation in ((None, "branch"), ("before", "output"), ("after", "branch")):
-        for training in (False, True):
-            options = dict(pool=pool, activation=activation, stats="live", backend=backend)
-            step(bn_relu_join(ys, *norms, *running, mask, training, **options), wanted)
-            yield f"{pool}, {activation}, {'training' if training else 'evaluation'}"
+    for pool in (None, "before", "after"):
+        for activation in ("branch", "output"):
+            for training in (False, True):
+                options = dict(pool=pool, activation=activation, stats="live", backend=backend)
+                step(bn_relu_join(ys, *norms, *running, mask, training, **options), wanted)
+                yield f"{pool}, {activation}, {'training' if training else 'evaluation'}"
 
 
 def dropped(backend: str) -> int:
@@ -144,7 +145,7 @@ def read_nothing(backend: str, what: str = "dropped", **environment: str) -> Non
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     if run.returncode == -signal.SIGSEGV:
         raise MemoryError(f"{backend} read {what}, after: {run.stdout[-200:]}")
-    steps_run = {"dropped": 28, "ends": 12}[what]
+    steps_run = {"dropped": 52, "ends": 12}[what]
     there = f"{steps_run} steps read nothing" in run.stdout
     assert run.returncode == 0 and there, (run.returncode, run.stdout, run.stderr)
 
