@@ -107,10 +107,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.marks and self.sync_group is None and (tool := foreign_tool()):
-            out = super().forward(
-                input
-            )  # its ReLU follows, as the model was written; but where it is out of a transform
-            return out.relu() if tool == TRANSFORM else out
+            out = super().forward(input)  # its ReLU follows, as the model was written
+            return out.relu() if tool == TRANSFORM else out  # which may end before the ReLU
         self._check_input_dim(input)
         out = bn_relu(
             input,

@@ -254,6 +254,12 @@ def test_a_value_that_is_dropped_stays_out_of_transforms():
     assert all(g.isfinite().all() for g in grads.values()) and not grads["bns.1.weight"].any()
 
 
+def test_synchronised_batch_norm_says_that_it_is_not_transformed(monkeypatch):
+    monkeypatch.setattr(fk.sync, "name_of", lambda op, group: "a group")
+    with pytest.raises(RuntimeError, match=r"bn_relu: expected no process group, .* got a transform of torch\.func"):
+        torch.func.grad(lambda x: fk.bn_relu(x, *[None] * 4, training=True).sum())(torch.randn(2, 3, 4, 4))
+
+
 def test_a_block_is_not_transformed():
     net = fractalnet.create("fractal_c2", channels=(8,), image_size=8).eval()
     with pytest.raises(RuntimeError, match=r"got a transform of torch\.func; .* fractalnet\.export\.plain"):

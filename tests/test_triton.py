@@ -55,7 +55,7 @@ def interpreted(*command: str) -> subprocess.Popen[str]:
 def test_every_flag_under_the_interpreter():
     """Forward and gradients of every combination of flags against the float64 oracle."""
     files = [str(HERE / f"test_{name}.py") for name in ("ops", "edges", "running", "triton", "gpu")]
-    select = f"({TESTS}) and not not_aligned"  # a GPU's matter, which takes the interpreter a minute
+    select = f"({TESTS}) and not not_aligned"  # of a GPU's loads, and long: `make interpret` has it
     suite = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "-k", select)
     running = [interpreted(*suite, "--shard", f"{i}/{PROCESSES}") for i in range(PROCESSES)]
     for process in running:

@@ -55,7 +55,7 @@ def join(
             live = mask is not None and (mask.dim() == 1 or bool(flags & Flags.STATS_LIVE))
             other = any(t is not None and t.dtype != wide for t in (*means, *vars))
             if batch_stats and (live or other or isinstance(momentum, Tensor)):  # not the statistics of batch_norm
-                return _of_live_statistics(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
+                return _by_definition(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
             if mask is not None and not batch_stats:  # else a NaN that is dropped would be in the weight's gradient
                 ys = [reference.where_alive(mask, i, y) for i, y in enumerate(ys)]
             if foreign_tool() == TRANSFORM:  # whose batch_norm takes one dtype
@@ -78,7 +78,7 @@ def join(
         return (F.max_pool2d(out, 2) if flags & Flags.POOL_AFTER else out).to(dtype)
 
 
-def _of_live_statistics(
+def _by_definition(
     ys: list[Tensor],
     mask: Tensor | None,
     means: Sequence[Tensor | None],
@@ -89,8 +89,8 @@ def _of_live_statistics(
     flags: int,
     momentum: float | Tensor,
 ) -> Tensor:
-    """The same by the definition: of branches that are dropped, of running statistics of another dtype, of a momentum
-    that is a tensor."""
+    """The join of the batch's statistics, as the reference has it: of branches that are dropped, of running statistics
+    of another dtype, of a momentum that is a tensor."""
     wide, running = accumulate_dtype(ys[0].dtype), [t for t in (*means, *vars) if t is not None]
     if running:
         with torch.no_grad():

@@ -42,12 +42,12 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
                 return backward(ctx, *grads)
             with torch.enable_grad(), checks.without_autocast(grads[0]):
                 found = again(ctx, *grads)
-            if found is None and _is_batched(grads[0]):
-                raise RuntimeError(
-                    "expected one gradient at a time of dropout inside a fused block and of synchronised batch norm, "
-                    "got many at once (is_grads_batched, vmap)"
-                )
             if found is None:
+                if _is_batched(grads[0]):
+                    raise RuntimeError(
+                        "expected one gradient at a time of dropout inside a fused block and of synchronised batch "
+                        "norm, got many at once (is_grads_batched, vmap)"
+                    )
                 grads = tuple(g.detach().requires_grad_() if isinstance(g, Tensor) else g for g in grads)
                 return once(ctx, *grads)
             if torch.is_grad_enabled():
