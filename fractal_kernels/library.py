@@ -6,8 +6,10 @@ A launcher writes into those outputs; it knows nothing of autograd, modules or d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntFlag
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +129,48 @@ _LIB.define(
 )
 
 
+# What an argument may be for a tensor to be what it seems: a subclass may have operators of its own.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, bool, Flags))
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    for a in args:
+        if type(a) is list:
+            if not _PLAIN.issuperset(map(type, a)):
+                return False
+        elif type(a) not in _PLAIN:
+            return False
+    first = args[0]
+    return not (first[0] if type(first) is list else first).is_meta
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as an operator, and calls it as the function that it is where nobody is to see an operator
+    (no compiler, mode, subclass of tensors, profiler): of small tensors it is the host's time that counts.
+
+    For callers under autograd, without gradients: called so, the function runs in the caller's mode.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(_LIB, name, "CompositeExplicitAutograd")(function)
+        registered = getattr(torch.ops.fractal_kernels, name)
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            if (
+                torch.compiler.is_compiling()
+                or torch._C._len_torch_dispatch_stack()
+                or torch._C._autograd._profiler_enabled()
+                or not _are_plain(args)
+            ):
+                return registered(*args)
+            return function(*args)
+
+        return call
+
+    return decorate
+
+
 def _alloc_sums(ys: list[Tensor]) -> tuple[Tensor, Tensor]:
     shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
     return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
@@ -145,8 +189,8 @@ def _alloc_apply(grad: Tensor, like: Tensor, branches: int, channels_last: bool)
     return [empty(like.shape, grad, channels_last) for _ in range(branches)]
 
 
-@torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
-def _channel_stats(
+@operator("channel_stats")
+def channel_stats(
     ys: list[Tensor],
     mask: Tensor | None,
     running: list[Tensor],
@@ -161,30 +205,28 @@ def _channel_stats(
         out[2].zero_()
         return out
     ys, channels_last = in_one_layout(ys)
-    # One copy of what two branches share, also by views of it, and of what a kernel does not take as it is.
-    dtype, copies = out[0].dtype, {t.data_ptr(): (t, t) for t in running}
-    for key, (t, _) in copies.items():
-        if t.dtype != dtype or not t.is_contiguous():
-            copies[key] = (t, t.to(dtype).contiguous())
-    exact = [copies[t.data_ptr()][1] for t in running]
-    launcher, k = backends.launcher(backend), len(ys)
-    at_once = len(copies) == len(running) or backend not in ("triton", "cuda")  # else a GPU's blocks would race
-    launcher.channel_stats(*out, ys, mask, exact if at_once else [], momentum, momenta, channels_last)
-    if not at_once:
+    launcher, k, dtype, exact = backends.launcher(backend), len(ys), out[0].dtype, running
+    if not all(t.dtype == dtype and t.is_contiguous() for t in running):
+        # One copy of what two branches share, also by views of it.
+        copies = {t.data_ptr(): t.to(dtype).contiguous() for t in running}
+        exact = [copies[t.data_ptr()] for t in running]
+    shared = backend in ("triton", "cuda") and len({t.data_ptr() for t in running}) < len(running)
+    launcher.channel_stats(*out, ys, mask, [] if shared else exact, momentum, momenta, channels_last)
+    if shared:  # a GPU's blocks would race
         update = backends.launcher("reference").update_running
         for b in range(k):
             share = momentum if momenta is None else momenta[b : b + 1]
             update([exact[b], exact[k + b]], *(t[b : b + 1] for t in out), share)
-    for t, moved in copies.values():
+    for t, moved in zip(running, exact, strict=True):
         if t is not moved:
             t.copy_(moved)
-        elif not t.is_inference():
-            torch.autograd.graph.increment_version(t)  # kernels write past autograd
+    # Kernels write past autograd.
+    torch.autograd.graph.increment_version([t for t in running if not t.is_inference()])
     return out
 
 
-@torch.library.impl(_LIB, "join_forward", "CompositeExplicitAutograd")
-def _join_forward(
+@operator("join_forward")
+def join_forward(
     ys: list[Tensor],
     mask: Tensor | None,
     means: list[Tensor],
@@ -203,8 +245,8 @@ def _join_forward(
     return out
 
 
-@torch.library.impl(_LIB, "join_backward_reduce", "CompositeExplicitAutograd")
-def _join_backward_reduce(
+@operator("join_backward_reduce")
+def join_backward_reduce(
     grad: Tensor,
     ys: list[Tensor],
     mask: Tensor | None,
@@ -227,8 +269,8 @@ def _join_backward_reduce(
     return sum_dz, sum_dzx
 
 
-@torch.library.impl(_LIB, "join_backward_apply", "CompositeExplicitAutograd")
-def _join_backward_apply(
+@operator("join_backward_apply")
+def join_backward_apply(
     grad: Tensor,
     ys: list[Tensor],
     mask: Tensor | None,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import ClassVar
+
 import pytest
 import torch
 from cases import LAYOUTS
 from conftest import INTERPRETED
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal_kernels import bn_relu_join
 
@@ -106,6 +110,41 @@ def test_one_batch_norm_of_two_branches(momentum, kind, backend):
     bn_relu_join(ys, None, None, [mean, again[0]], [var, again[1]], None, True, given, backend=backend)
     tolerance = 2e-3 if kind == "half" else 2e-6
     torch.testing.assert_close(torch.stack([mean, var]).double(), want, rtol=tolerance, atol=tolerance)
+
+
+class Counted(torch.Tensor):
+    """A subclass that has a say in what its operators do."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+class Mode(TorchDispatchMode):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        super().__init__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("who", ["mode", "input", "weight"])
+def test_who_is_to_see_the_operators_does(who, backend):
+    """Where nobody is, they are called past the dispatcher."""
+    y, weight, Counted.seen = inputs()[0], torch.ones(C), []
+    y, weight = (Counted(t) if who == name else t for t, name in ((y, "input"), (weight, "weight")))
+    with Mode() if who == "mode" else nullcontext() as mode:
+        out = bn_relu_join([y.requires_grad_()], [weight], None, None, None, training=True, backend=backend)
+        torch.autograd.grad(out.sum(), y)
+    seen = [n for n in (mode.seen if mode else Counted.seen) if n.startswith("fractal_kernels.")]
+    wanted = ["channel_stats", "join_forward", "join_backward_reduce", "join_backward_apply"]
+    assert [n.split(".")[1] for n in seen] == wanted[who == "weight" :]
 
 
 def test_a_step_is_our_operators_alone(backend, monkeypatch):
