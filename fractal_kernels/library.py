@@ -136,12 +136,12 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, boo
 def _are_plain(args: Sequence[Any]) -> bool:
     for a in args:
         if type(a) is list:
-            if not _PLAIN.issuperset(map(type, a)):
+            if not _PLAIN.issuperset(map(type, a)) or any(map(Tensor.is_neg, a)):  # whose memory has the other sign
                 return False
         elif type(a) not in _PLAIN:
             return False
-    first = args[0]
-    return not (first[0] if type(first) is list else first).is_meta
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    return not (first.is_meta or first.is_neg())
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -134,7 +134,7 @@ def test_other_ranks(shape, backend):
         check(case, draw(case, shape=shape, layouts=["contiguous"]), backend)
 
 
-@pytest.mark.parametrize("size", [(2, 2), (3, 3), (2, 5), (5, 2), (7, 4), (33, 17)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (2, 5), (5, 2), (7, 4), (5, 35)], ids=str)
 @pytest.mark.parametrize("pool", ["before", "after"])
 def test_pools_of_odd_sizes(size, pool, backend):
     for mask, layout in itertools.product(("none", "sample"), ("channels_last", "contiguous", "channel_slice")):

@@ -147,6 +147,16 @@ def test_who_is_to_see_the_operators_does(who, backend):
     assert [n.split(".")[1] for n in seen] == wanted[who == "weight" :]
 
 
+def test_the_other_sign_in_memory(backend):
+    """The imaginary part of a conjugate, say: PyTorch negates when it is read."""
+    y, other = (t.detach() for t in inputs()[:2])
+    there = torch.complex(torch.zeros(()), -y).conj().imag
+    assert there.is_neg() and torch.equal(there, y)
+    want = bn_relu_join([y, other], None, None, None, None, training=True, backend=backend)
+    got = bn_relu_join([there, other], None, None, None, None, training=True, backend=backend)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_step_is_our_operators_alone(backend, monkeypatch):
     """Forward: statistics and join. Backward: reduction and gradients. On a GPU a merge after each reduction: three
     launches and three."""
