@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, conv3x3, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
-from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, pooled, to_layout
+from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, operator, pooled, to_layout
 from .schedule import schedule
 
 _aten = torch.ops.aten
@@ -44,8 +44,8 @@ _LIB.define(
 )
 
 
-@torch.library.impl(_LIB, "block_forward", "CompositeExplicitAutograd")
-def _block_forward(
+@operator("block_forward")
+def block_forward(
     x: Tensor,
     weights: list[Tensor],
     conv_bias: Tensor | None,
@@ -123,8 +123,8 @@ def _block_forward(
     return [source, count, mean, var, *joins, *kept]
 
 
-@torch.library.impl(_LIB, "block_backward", "CompositeExplicitAutograd")
-def _block_backward(
+@operator("block_backward")
+def block_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
@@ -193,19 +193,18 @@ def _block_backward(
                 dweights[row] = torch.zeros_like(weights[row])
             continue
         for i, segment, joined in joined_here:
-            layer = layers.at(joined)
+            layer = layers.at(joined) if rows.several else 0
             if layer == len(sums):
                 sums.append((torch.zeros_like(sums[0][0]), torch.zeros_like(sums[0][1])))
             at = position + (joined[0].column - rows.slots[row][0].column if rows.spread_out else 0)
-            here = slice(at, at + len(joined))
             norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
             g, branches = to_layout(ds[i], True), [ys[i].pop(u.id) for u in joined]
-            out = [s[here] for s in sums[layer]]
+            out = [s.narrow(0, at, len(joined)) for s in sums[layer]]
             if batch_stats or gamma is not None or beta is not None:
                 launch.join_backward_reduce(*out, g, branches, mask, *norm, eps, code, True)
             if layer:
-                out = [s[here] for s in sums[0]]
-            live = everywhere if counts is None else counts[here]
+                out = [s.narrow(0, at, len(joined)) for s in sums[0]]
+            live = everywhere if counts is None else counts.narrow(0, at, len(joined))
             calls.append((i, joined, (g, branches, mask, *norm), [*out, live] if batch_stats else []))
         for layer in layers.further():
             for s, further in zip(sums[0], sums[layer], strict=True):

@@ -41,7 +41,7 @@ def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
         and (torch.compiler.is_compiling() or weight.shape[0] * weight.shape[1] <= WEIGHTS_OF_A_PIXEL * _pixels(x))
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and weight.permute(0, 2, 3, 1).is_contiguous()
+        and weight.is_contiguous(memory_format=torch.channels_last)
     )
 
 

@@ -136,7 +136,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, boo
 def _are_plain(args: Sequence[Any]) -> bool:
     for a in args:
         if type(a) is list:
-            if not _PLAIN.issuperset(map(type, a)) or any(map(Tensor.is_neg, a)):  # whose memory has the other sign
+            if not _PLAIN.issuperset(map(type, a)):
+                return False
+            if a and type(a[0]) is not bool and any(map(Tensor.is_neg, a)):  # its memory has the other sign
                 return False
         elif type(a) not in _PLAIN:
             return False
