@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, block_ops, checks, compiling, reference, sync
+from . import backends, checks, compiling, reference, sync
+from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
 from .ops.exported import foreign_tool
@@ -16,6 +17,8 @@ from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .schedule import schedule
 
 __all__ = ["BlockOutput", "fractal_block"]
+
+_OPS = torch.ops.fractal_kernels
 
 
 class BlockOutput(NamedTuple):
@@ -74,7 +77,7 @@ class _Block(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:16]
         (dense, dropout, eps, flags, save, fixed, backend, group), weights = options, args[16:]
-        out, count, batch_mean, batch_var, *saved = block_ops.block_forward(
+        out, count, batch_mean, batch_var, *saved = _OPS.block_forward.default(
             x,
             list(weights),
             conv_bias,
@@ -107,7 +110,7 @@ class _Block(torch.autograd.Function):
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[15:]]
-        dx, *dweights, dconv_bias, dgamma, dbeta = block_ops.block_backward(
+        dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
             grad,
             x,
             weights,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, conv3x3, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
-from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, operator, pooled, to_layout
+from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
 
 _aten = torch.ops.aten
@@ -44,8 +44,8 @@ _LIB.define(
 )
 
 
-@operator("block_forward")
-def block_forward(
+@torch.library.impl(_LIB, "block_forward", "CompositeExplicitAutograd")
+def _block_forward(
     x: Tensor,
     weights: list[Tensor],
     conv_bias: Tensor | None,
@@ -123,8 +123,8 @@ def block_forward(
     return [source, count, mean, var, *joins, *kept]
 
 
-@operator("block_backward")
-def block_backward(
+@torch.library.impl(_LIB, "block_backward", "CompositeExplicitAutograd")
+def _block_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],

@@ -6,10 +6,8 @@ A launcher writes into those outputs; it knows nothing of autograd, modules or d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntFlag
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,50 +127,6 @@ _LIB.define(
 )
 
 
-# What an argument may be for a tensor to be what it seems: a subclass may have operators of its own.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), str, float, int, bool, Flags))
-
-
-def _are_plain(args: Sequence[Any]) -> bool:
-    for a in args:
-        if type(a) is list:
-            if not _PLAIN.issuperset(map(type, a)):
-                return False
-            if a and type(a[0]) is not bool and any(map(Tensor.is_neg, a)):  # its memory has the other sign
-                return False
-        elif type(a) not in _PLAIN:
-            return False
-    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    return not (first.is_meta or first.is_neg())
-
-
-def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as an operator, and calls it as the function that it is where nobody is to see an operator
-    (no compiler, mode, subclass of tensors, profiler): of small tensors it is the host's time that counts.
-
-    For callers under autograd, without gradients: called so, the function runs in the caller's mode.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.impl(_LIB, name, "CompositeExplicitAutograd")(function)
-        registered = getattr(torch.ops.fractal_kernels, name)
-
-        @wraps(function)
-        def call(*args: Any) -> Any:
-            if (
-                torch.compiler.is_compiling()
-                or torch._C._len_torch_dispatch_stack()
-                or torch._C._autograd._profiler_enabled()
-                or not _are_plain(args)
-            ):
-                return registered(*args)
-            return function(*args)
-
-        return call
-
-    return decorate
-
-
 def _alloc_sums(ys: list[Tensor]) -> tuple[Tensor, Tensor]:
     shape, dtype = (len(ys), ys[0].shape[1]), accumulate_dtype(ys[0].dtype)
     return ys[0].new_empty(shape, dtype=dtype), ys[0].new_empty(shape, dtype=dtype)
@@ -191,8 +145,8 @@ def _alloc_apply(grad: Tensor, like: Tensor, branches: int, channels_last: bool)
     return [empty(like.shape, grad, channels_last) for _ in range(branches)]
 
 
-@operator("channel_stats")
-def channel_stats(
+@torch.library.impl(_LIB, "channel_stats", "CompositeExplicitAutograd")
+def _channel_stats(
     ys: list[Tensor],
     mask: Tensor | None,
     running: list[Tensor],
@@ -209,9 +163,9 @@ def channel_stats(
     ys, channels_last = in_one_layout(ys)
     launcher, k, dtype, exact = backends.launcher(backend), len(ys), out[0].dtype, running
     if not all(t.dtype == dtype and t.is_contiguous() for t in running):
-        # One copy of what two branches share, also by views of it.
-        copies = {t.data_ptr(): t.to(dtype).contiguous() for t in running}
-        exact = [copies[t.data_ptr()] for t in running]
+        # Copies, as kernels do not take them as they are: one of what two branches share, also by views of it.
+        copies = {(t.data_ptr(), t.stride()): t.to(dtype).contiguous() for t in running}
+        exact = [copies[t.data_ptr(), t.stride()] for t in running]
     shared = backend in ("triton", "cuda") and len({t.data_ptr() for t in running}) < len(running)
     launcher.channel_stats(*out, ys, mask, [] if shared else exact, momentum, momenta, channels_last)
     if shared:  # a GPU's blocks would race
@@ -227,8 +181,8 @@ def channel_stats(
     return out
 
 
-@operator("join_forward")
-def join_forward(
+@torch.library.impl(_LIB, "join_forward", "CompositeExplicitAutograd")
+def _join_forward(
     ys: list[Tensor],
     mask: Tensor | None,
     means: list[Tensor],
@@ -247,8 +201,8 @@ def join_forward(
     return out
 
 
-@operator("join_backward_reduce")
-def join_backward_reduce(
+@torch.library.impl(_LIB, "join_backward_reduce", "CompositeExplicitAutograd")
+def _join_backward_reduce(
     grad: Tensor,
     ys: list[Tensor],
     mask: Tensor | None,
@@ -271,8 +225,8 @@ def join_backward_reduce(
     return sum_dz, sum_dzx
 
 
-@operator("join_backward_apply")
-def join_backward_apply(
+@torch.library.impl(_LIB, "join_backward_apply", "CompositeExplicitAutograd")
+def _join_backward_apply(
     grad: Tensor,
     ys: list[Tensor],
     mask: Tensor | None,

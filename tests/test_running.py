@@ -136,7 +136,7 @@ class Mode(TorchDispatchMode):
 
 @pytest.mark.parametrize("who", ["mode", "input", "weight"])
 def test_who_is_to_see_the_operators_does(who, backend):
-    """Where nobody is, they are called past the dispatcher."""
+    """Modes and subclasses of tensors, whichever argument is one."""
     y, weight, Counted.seen = inputs()[0], torch.ones(C), []
     y, weight = (Counted(t) if who == name else t for t, name in ((y, "input"), (weight, "weight")))
     with Mode() if who == "mode" else nullcontext() as mode:
@@ -150,11 +150,30 @@ def test_who_is_to_see_the_operators_does(who, backend):
 def test_the_other_sign_in_memory(backend):
     """The imaginary part of a conjugate, say: PyTorch negates when it is read."""
     y, other = (t.detach() for t in inputs()[:2])
-    there = torch.complex(torch.zeros(()), -y).conj().imag
-    assert there.is_neg() and torch.equal(there, y)
-    want = bn_relu_join([y, other], None, None, None, None, training=True, backend=backend)
-    got = bn_relu_join([there, other], None, None, None, None, training=True, backend=backend)
-    torch.testing.assert_close(got, want)
+    momentum = torch.tensor([0.25, 0.5])
+    found = []
+    for flipped in (False, True):
+        given = [torch.complex(torch.zeros(()), -t).conj().imag if flipped else t for t in (y, momentum)]
+        assert all(t.is_neg() == flipped for t in given)
+        running = [[torch.zeros(C) for _ in range(2)] for _ in range(2)]
+        options = {"training": True, "momentum": given[1], "backend": backend}
+        found += [bn_relu_join([given[0], other], None, None, *running, **options), *running[0], *running[1]]
+    for want, got in zip(found[:5], found[5:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vjp, torch.func.functionalize])
+def test_a_transform_of_the_backward(transform, backend):
+    """Of what an eager forward left."""
+    y = inputs()[0]
+    out = bn_relu_join([y], None, None, None, None, training=True, backend=backend)
+
+    def backward(grad):
+        return torch.autograd.grad(out, y, grad, retain_graph=True)[0]
+
+    grad = torch.randn_like(out)
+    got = transform(backward)(grad) if transform is torch.func.functionalize else transform(backward, grad)[0]
+    torch.testing.assert_close(got, backward(grad))
 
 
 def test_a_step_is_our_operators_alone(backend, monkeypatch):

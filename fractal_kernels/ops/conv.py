@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, checks, conv3x3, library
-from ..library import _LIB, Flags, empty, operator, to_layout
+from .. import backends, checks, conv3x3
+from ..library import _LIB, Flags, empty, to_layout
 from . import exported
 from .bn_relu import normalised
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
 __all__ = ["conv2d_1x1_pooled", "conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
 
+_OPS = torch.ops.fractal_kernels
 _ONE, _NONE = [1, 1], [0, 0]
 _LIB.define("conv3x3(Tensor x, Tensor weight, str backend) -> Tensor")
 _LIB.define(
@@ -24,13 +25,13 @@ _LIB.define(
 )
 
 
-@operator("conv3x3")
+@torch.library.impl(_LIB, "conv3x3", "CompositeExplicitAutograd")
 def _conv3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     kernel = conv3x3.kernel(x, weight, backend)
     return kernel.conv(x, weight) if kernel else to_layout(torch.conv2d(x, weight, padding=1), True)
 
 
-@operator("conv3x3_backward")
+@torch.library.impl(_LIB, "conv3x3_backward", "CompositeExplicitAutograd")
 def _conv3x3_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -70,14 +71,14 @@ class _Conv3x3(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         ctx.backend = backend
         ctx.save_for_backward(x, weight)
-        return _conv3x3(x, weight, backend)  # type: ignore[no-any-return]
+        return _OPS.conv3x3(x, weight, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @twice_differentiable(_conv3x3_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        dx, dweight = _conv3x3_backward(grad, x, weight, needs_x, needs_weight, ctx.backend)
+        dx, dweight = _OPS.conv3x3_backward(grad, x, weight, needs_x, needs_weight, ctx.backend)
         return dx if needs_x else None, dweight if needs_weight else None, None
 
 
@@ -118,7 +119,7 @@ class _PooledConv1x1(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(x, weight)
         y = _conv2d(x, weight)
-        return library.join_forward([y], None, [], [], [], [], 0.0, Flags.POOL_BEFORE, backend)  # type: ignore[no-any-return]
+        return _OPS.join_forward([y], None, [], [], [], [], 0.0, Flags.POOL_BEFORE, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @twice_differentiable(_pooled_conv1x1_gradients)
@@ -126,7 +127,7 @@ class _PooledConv1x1(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         nothing: list[Tensor] = []
         operands = [_conv2d(x, weight)], None, nothing, nothing, nothing, nothing, nothing
-        (dy,) = library.join_backward_apply(grad, *operands, 1, 0.0, Flags.POOL_BEFORE, ctx.backend)
+        (dy,) = _OPS.join_backward_apply(grad, *operands, 1, 0.0, Flags.POOL_BEFORE, ctx.backend)
         needs = [*ctx.needs_input_grad[:2], False]
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, _ONE, _NONE, _ONE, False, _NONE, 1, needs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, checks, library, reference, sync
+from .. import backends, checks, reference, sync
 from ..library import MAX_BRANCHES, Flags, accumulate_dtype
 from . import exported
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
@@ -37,7 +37,7 @@ class _PlainJoin(torch.autograd.Function):
         ctx, flags, backend, mask, *ys = args
         ctx.flags, ctx.backend, ctx.branches = flags, backend, len(ys)
         ctx.save_for_backward(mask, *(ys if flags & ~Flags.SUM else ()))
-        return library.join_forward(ys, mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
+        return _OPS.join_forward(ys, mask, [], [], [], [], 0.0, flags, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     @twice_differentiable(_plain_gradients)
@@ -46,7 +46,7 @@ class _PlainJoin(torch.autograd.Function):
         if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
             share = grad if ctx.flags & Flags.SUM or ctx.branches == 1 else grad / ctx.branches
             return None, None, None, *[share] * ctx.branches
-        dys = library.join_backward_apply(grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend)
+        dys = _OPS.join_backward_apply(grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend)
         return None, None, None, *dys
 
 
@@ -82,7 +82,7 @@ class _NormJoin(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
-        out: Tensor = library.join_forward(*_operands(ctx, tensors), eps, flags, backend)
+        out: Tensor = _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)
         once = torch.compiler.is_compiling() or in_checkpoint() or out.is_inference()
         ctx.version = None if once else out._version
         return out
@@ -98,7 +98,7 @@ class _NormJoin(torch.autograd.Function):
         sums: list[Tensor] = []
         needs = ctx.needs_input_grad[8:]
         if ctx.batch_stats or any(needs[k : k + 2 * affine]):
-            dz, dzx = library.join_backward_reduce(*head, ctx.eps, ctx.flags, ctx.backend)
+            dz, dzx = _OPS.join_backward_reduce(*head, ctx.eps, ctx.flags, ctx.backend)
             if affine:
                 dws, dbs = list(dzx.unbind()), list(dz.unbind())
             if ctx.batch_stats:
@@ -107,7 +107,7 @@ class _NormJoin(torch.autograd.Function):
                 sums = [dz, dzx, saved[-1]]
         dys: list[Tensor | None] = [None] * k
         if any(needs[:k]):
-            dys = library.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
+            dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
         rest = (None,) * (2 * k + ctx.batch_stats)
         return (None,) * 8 + (*dys, *dws, *dbs, *rest)
 
@@ -129,7 +129,7 @@ def can_come_again(t: Tensor) -> bool:
 def again(node: Any) -> Tensor:
     """The output of the normalised join that an autograd node stands for, out of what the node saved."""
     operands = _operands(node, node.saved_tensors)
-    return library.join_forward(*operands, node.eps, node.flags, node.backend)  # type: ignore[no-any-return]
+    return _OPS.join_forward(*operands, node.eps, node.flags, node.backend)  # type: ignore[no-any-return]
 
 
 def masked_mean_join(
@@ -250,8 +250,8 @@ def _statistics(
     of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
     mask = None if of_all else mask
     if not group:
-        return library.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
-    mean, var, count = _OPS.sync_stats(*library.channel_stats(ys, mask, [], 0.0, None, backend), group)
+        return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
+    mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
     if running:
         reference.update_running(running, mean, var, count, momentum if momenta is None else momenta)
     return mean, var, count
