@@ -219,3 +219,34 @@ def test_instruction_sets(isa, cpu_backend):
         pytest.skip(f"this machine has no {isa}: PyTorch sees {torch.backends.cpu.get_cpu_capability()}")
     done = python(ISA_CHECK, os.path.dirname(__file__), FRACTAL_CPU_ISA=isa)
     assert done.returncode == 0 and done.stdout == f"checked with {isa}\n", done.stdout + done.stderr[-3000:]
+
+
+HALVES_CHECK = """
+import torch
+from fractal_kernels import _C, bn_relu_join, masked_mean_join
+from fractal_kernels.library import Flags
+from fractal_kernels.ops.join import _PlainJoin
+every = torch.arange(1 << 16).to(torch.int16).view(1, 64, 32, 32)
+for dtype in (torch.float16, torch.bfloat16):
+    a = every.view(dtype)
+    same = masked_mean_join([a], backend="cpu")
+    assert torch.equal(same.isnan(), a.isnan()) and torch.equal(same[~same.isnan()], a[~a.isnan()])
+    steps = torch.tensor([0.0, 2.0**-24, 0.5, 8.0, 15.99, 16.0, 2.0**100])
+    for b in (*steps, *-steps):
+        b = b.to(dtype).expand(a.shape)
+        got, want = _PlainJoin.apply(int(Flags.SUM), "cpu", None, a, b), (a.float() + b.float()).to(dtype)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got[~got.isnan()], want[~want.isnan()]), b
+    b = (every + 1).view(dtype)
+    got, want = masked_mean_join([a, b], backend="cpu"), ((a.float() + b.float()) / 2).to(dtype)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got[~got.isnan()], want[~want.isnan()])
+print("checked with", _C.simd_in_use())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_half(isa, cpu_backend):
+    """Of 16 bits: each is kept, and sums and means are rounded as PyTorch does, ties, subnormals, infinities too."""
+    if not machine_has(isa):
+        pytest.skip(f"this machine has no {isa}: PyTorch sees {torch.backends.cpu.get_cpu_capability()}")
+    done = python(HALVES_CHECK, FRACTAL_CPU_ISA=isa)
+    assert done.returncode == 0 and done.stdout == f"checked with {isa}\n", done.stdout + done.stderr[-3000:]

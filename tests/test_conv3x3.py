@@ -162,6 +162,12 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
         (lambda x, w, y: (y, x[:, :, :-1], w), "shapes of y, x and weight do not agree"),
         (lambda x, w, y: (y[:1], x, w), "shapes of y, x and weight do not agree"),
         (lambda x, w, y: (y, x, w[..., :2]), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y[:, :16], x, w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (images(2, 32, 3, 4), x, w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (images(2, 32, 4, 3), x, w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y, images(2, 32, 4, 4), w), "shapes of y, x and weight do not agree"),
+        (lambda x, w, y: (y, images(4, 16, 4, 4)[::2], w), "expected x dense in channels_last"),
+        (lambda x, w, y: (images(2, 20, 4, 4), x, w[:20]), "expected channels in multiples of 16, got 16 and 20"),
         (lambda x, w, y: (y, x.double(), w), "expected x float32 of 4 dimensions"),
         (lambda x, w, y: (y.contiguous(), x, w), "expected y dense in channels_last"),
         (lambda x, w, y: (y, x, w.contiguous()), "expected weight dense in channels_last"),
@@ -175,8 +181,24 @@ def test_wrong_operands_are_refused(wrong, words, cpu_conv_here):
     x, weight, y = images(2, 16, 4, 4), torch.randn(32, 3, 3, 16).permute(0, 3, 1, 2), images(2, 32, 4, 4)
     with pytest.raises(RuntimeError, match=re.escape(words)):
         torch.ops.fractal_kernels_cpu.conv3x3(*wrong(x, weight, y), False)
-    with pytest.raises(RuntimeError, match="shapes of dweight, x and grad do not agree"):
-        torch.ops.fractal_kernels_cpu.conv3x3_weight(weight, x, y[:1])
+    for dw, of_x, grad in (
+        (weight, x, y[:1]),
+        (weight, x, y[:, :16]),
+        (weight, x, images(2, 32, 3, 4)),
+        (weight, x, images(2, 32, 4, 3)),
+        (weight, images(2, 32, 4, 4), y),
+        (weight[:, :, :2], x, y),
+        (weight[..., :2], x, y),
+    ):
+        with pytest.raises(RuntimeError, match="shapes of dweight, x and grad do not agree"):
+            torch.ops.fractal_kernels_cpu.conv3x3_weight(dw, of_x, grad)
+
+
+def test_the_gradient_of_few_channels_is_refused(cpu_conv_here):
+    """The library computes it."""
+    grad, weight, dx = images(2, 8, 4, 4), torch.randn(8, 3, 3, 16).permute(0, 3, 1, 2), images(2, 16, 4, 4)
+    with pytest.raises(RuntimeError, match="expected channels of the gradient in multiples of 16, got 8"):
+        torch.ops.fractal_kernels_cpu.conv3x3(dx, grad, weight, True)
 
 
 @pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((512, 512), 4)])

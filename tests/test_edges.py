@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
+
 import oracle
 import pytest
 import torch
-from cases import Case, assert_close, check, draw, run
+import torch.nn.functional as F
+from cases import Case, assert_close, bits, check, draw, run
 
-from fractal_kernels import bn_relu_join
+from fractal_kernels import bn_relu_join, masked_mean_join
 
 GPU = True
 SINGLE, NAN = torch.float32, float("nan")
@@ -131,3 +135,133 @@ def test_one_branch_is_not_aligned(first, which, dtype, backend):
             memory = y.new_full((n * sample + 1,), NAN)
             data.ys[not first] = memory.as_strided(shape, strides, int(which == "start")).copy_(y).requires_grad_()
             check(case, data, backend)
+
+
+@pytest.mark.parametrize("layout", ["channel_slice", "contiguous_slice"])
+def test_dropped_samples_of_slices(layout, backend):
+    """They are read, too, for the gradient under stats="all", with strides that are not the gradient's."""
+    check(Case(3, mask="sample"), draw(Case(3, mask="sample"), SINGLE, layouts=[layout]), backend)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("pool", ["before", "after"])
+def test_the_first_of_equals(pool, layout, backend):
+    """Of several largest values of a window the first row's gets the gradient, as in PyTorch."""
+    y = torch.randint(0, 3, (2, 20, 8, 10)).float().contiguous(memory_format=layout).requires_grad_()
+    ones, zeros = [torch.ones(20)], [torch.zeros(20)]
+    out = bn_relu_join([y], None, None, zeros, ones, eps=0.0, activation="none", pool=pool, backend=backend)
+    expected = F.max_pool2d(y, 2)
+    weights = torch.rand(out.shape)
+    (grad,), (right,) = (torch.autograd.grad(t, y, weights) for t in (out, expected))
+    assert torch.equal(out, expected) and torch.equal(grad, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_to_even(dtype, cpu_backend):
+    """The mean of two neighbours is a tie: as PyTorch rounds it."""
+    low = torch.arange(1 << 12).to(torch.int16).view(1, 16, 16, 16) + (0x3C00 if dtype == torch.float16 else 0x3F00)
+    a, b = low.view(dtype), (low + 1).view(dtype)
+    expected = ((a.float() + b.float()) / 2).to(dtype)
+    assert torch.equal(bits(masked_mean_join([a, b], backend=cpu_backend)), bits(expected))
+
+
+def test_nan_of_all_ones_stays_nan(cpu_backend):
+    """Rounding to bfloat16 must not carry into the sign."""
+    nan = torch.full((16,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y, zeros, ones = torch.ones(2, 16, 4, 4).bfloat16(), [torch.zeros(16)], [torch.ones(16)]
+    assert bn_relu_join([y], None, [nan], zeros, ones, backend=cpu_backend).isnan().all()
+
+
+@LAYOUTS
+def test_statistics_of_parts_that_differ(layout, backend):
+    """Of one channel of one sample, more values than are summed at once."""
+    y = torch.randn(2, 5, 129, 67)
+    y[:, :, 70:] += 3
+    y[1] -= 2
+    exact = y.double().transpose(0, 1).flatten(1)
+    mean, var, _ = torch.ops.fractal_kernels.channel_stats(
+        [y.contiguous(memory_format=layout)], None, [], 0.0, None, backend
+    )
+    assert_close(mean[0], exact.mean(1), "mean")
+    assert_close(var[0], exact.var(1, correction=0), "variance")
+
+
+@LAYOUTS
+def test_statistics_of_no_values_are_zeros(layout, backend):
+    y = [torch.randn(3, 5, 4, 4).contiguous(memory_format=layout) for _ in range(2)]
+    for mask in (torch.tensor([True, False]), torch.tensor([[True, False, True], [False] * 3])):
+        mean, var, count = torch.ops.fractal_kernels.channel_stats(y, mask, [], 0.0, None, backend)
+        assert (mean[1] == 0).all() and (var[1] == 0).all() and count[1] == 0
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "channel_slice"])
+def test_very_many_channels(layout, cpu_backend):
+    """A pixel of channels is more than is taken at a time."""
+    for case in (Case(2), Case(2, affine=False, normalise=False)):
+        check(case, draw(case, SINGLE, (2, 4200, 2, 3), [layout]), cpu_backend)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("case", [Case(3, training=False), Case(3, affine=False, normalise=False)], ids=str)
+def test_larger_than_the_caches_and_not_aligned(case, layout, cpu_backend):
+    """Neither pixels of 17 channels nor channels of 217 * 217 pixels begin where a vector of memory does."""
+    check(case, draw(case, SINGLE, (2, 17, 217, 217), [layout]), cpu_backend)
+
+
+@pytest.mark.parametrize("which", ["start", "sample"])
+def test_an_output_that_is_not_aligned(which, cpu_backend):
+    """The launcher takes any."""
+    y = torch.randn(2, 16, 148, 150).to(memory_format=torch.channels_last)
+    n, (size, at) = y[0].numel(), {"start": (y[0].numel(), 1), "sample": (y[0].numel() + 1, 0)}[which]
+    out = torch.empty(2 * n + 2).as_strided(y.shape, (size, *y.stride()[1:]), at)
+    torch.ops.fractal_kernels_cpu.join_forward(out, [y] * 8, None, [], [], [], [], 0.0, 0, True)
+    torch.testing.assert_close(out, y)
+
+
+def test_pools_larger_than_the_caches(cpu_backend):
+    """Their rows begin anywhere."""
+    y, zeros, ones = torch.randn(456, 64, 8, 24), [torch.zeros(64)] * 8, [torch.ones(64)] * 8
+    out = bn_relu_join([y] * 8, None, None, zeros, ones, eps=0.0, activation="none", pool="before", backend=cpu_backend)
+    torch.testing.assert_close(out, F.max_pool2d(y, 2))
+
+
+FAR = (1 << 32) + 16  # of which 32 bits keep an offset inside of the tensor
+
+
+def far_apart(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """Pixels (of contiguous ones: channels) FAR + C elements apart, in memory of which only these pages exist."""
+    n, c, h, w = t.shape
+    step = FAR + (c if channels_last else h * w)
+    strides = (h * w * step, 1, w * step, step) if channels_last else (c * step, step, w, 1)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, 4 * n * strides[0], flags=flags)
+    except OSError as error:  # a limit on addresses
+        pytest.skip(f"no {4 * n * strides[0] >> 30} GiB of addresses, of which next to nothing would be used: {error}")
+    return torch.frombuffer(memory, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+
+
+FAR_APART = [
+    (case, shape, channels_last)
+    for case in (
+        Case(2),
+        Case(2, mask="sample"),
+        Case(2, mask="sample", stats="live"),
+        Case(2, training=False, pool="before"),
+        Case(2, affine=False, normalise=False),
+        Case(2, affine=False, normalise=False, activation="none", mask="sample"),
+    )
+    for shape, channels_last in itertools.product([(2, 5, 2, 2), (2, 2, 3, 9)], (True, False))
+] + [(Case(2), (2, 4200, 1, 2), True), (Case(2, affine=False, normalise=False), (2, 4200, 1, 2), True)]
+
+
+@pytest.mark.parametrize(("case", "shape", "channels_last"), FAR_APART, ids=str)
+def test_offsets_of_more_than_32_bits(case, shape, channels_last, cpu_backend):
+    data = draw(case, SINGLE, shape, ["channels_last" if channels_last else "contiguous"])
+    for which in ("inputs", "gradient"):
+        if which == "inputs":
+            ys = data.ys
+            data.ys = [far_apart(y.detach(), channels_last).requires_grad_() for y in ys]
+        else:
+            data.ys, data.grad = ys, far_apart(data.grad, channels_last)
+        check(case, data, cpu_backend)
