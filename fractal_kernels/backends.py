@@ -176,8 +176,6 @@ def _chooses_triton(index: int | None) -> bool:
 
 def automatic(device: torch.device, dtype: torch.dtype) -> str:
     """The backend for tensors of this dtype on this device where nobody names one."""
-    if device.type == "cpu" and extension()[0] is not None:
-        return "cpu"
     for name in NAMES:
         if _takes(name, dtype) and not why_not(name, device) and (name != "triton" or _chooses_triton(device.index)):
             return name
