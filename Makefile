@@ -65,7 +65,7 @@ aot: $(STAMP)
 # The whole operator suite on the Triton kernels, interpreted on the CPU: half an hour, 20 minutes with ARGS="-n 2";
 # `make test` has the better part.
 interpret: $(STAMP)
-	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_edges.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
+	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_edges.py tests/test_shortcut.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
 
 # The CUDA sources executed on the host, every instance of every kernel, also by sanitizers; where there is an nvcc, its
 # machine code read. Seven minutes; `make test` has every flag.

@@ -6,7 +6,8 @@ from .fuse import fuse, unfuse
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin, sync_batch_norm
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv_bn_relu
-from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+from .ops.drop_path import drop_path_mask
+from .ops.join import bn_relu_join, masked_mean_join
 from .ops.recompute import recomputed
 
 __version__ = "0.1.0"

@@ -92,6 +92,26 @@ def per_channel(op: str, name: str, values: object, ys: list[Tensor]) -> list[Te
     return out
 
 
+def plain(op: str, normalised: object, params: dict[str, list[Tensor | None]]) -> tuple[int, ...]:
+    """The branches that are not normalised, which have none of the parameters."""
+    if normalised is None:
+        return ()
+    if isinstance(normalised, str) or not isinstance(normalised, Sequence):
+        raise TypeError(f"{op}: expected normalised to be a list of bools or None, got {type(normalised).__name__}")
+    k = len(next(iter(params.values())))
+    if len(normalised) != k:
+        raise ValueError(f"{op}: expected normalised to have one entry per input ({k}), got {len(normalised)}")
+    for i, value in enumerate(normalised):
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: expected normalised[{i}] to be a bool, got {type(value).__name__}")
+    found = tuple(i for i, value in enumerate(normalised) if not value)
+    for name, values in params.items():
+        for i in found:
+            if values[i] is not None:
+                raise ValueError(f"{op}: expected {name}[{i}] None, as input {i} is not normalised, got a Tensor")
+    return found
+
+
 def channel_vector(op: str, name: str, value: object, y: Tensor) -> Tensor:
     t = tensor(op, name, value)
     if t.dim() != 1 or t.shape[0] != y.shape[1]:

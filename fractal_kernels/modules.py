@@ -14,8 +14,9 @@ from . import backends, checks, sync
 from .library import MAX_BRANCHES
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv2d_3x3, is_plain_3x3
+from .ops.drop_path import drop_path_mask
 from .ops.exported import TRANSFORM, foreign_tool
-from .ops.join import bn_relu_join, drop_path_mask, masked_mean_join
+from .ops.join import bn_relu_join, masked_mean_join
 from .ops.recompute import recomputed
 
 __all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin", "sync_batch_norm"]
@@ -87,9 +88,9 @@ def advance(bn: nn.BatchNorm2d, live: Tensor | int = 1) -> float | Tensor:
     return bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.clamp(min=1).double()
 
 
-def _running(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+def _running(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that a call uses, as PyTorch's does: what it has, unless it trains and tracks none."""
-    if bn.training and not bn.track_running_stats:
+    if not isinstance(bn, nn.BatchNorm2d) or (bn.training and not bn.track_running_stats):
         return None, None
     return bn.running_mean, bn.running_var
 
@@ -219,14 +220,16 @@ class ConvBNReLU(nn.Module):
 
 
 class BNReLUJoin(nn.Module):
-    """A batch norm per branch and :func:`bn_relu_join`; the batch norms are ``bns.0`` ... ``bns.{k-1}``.
+    """A batch norm per branch and :func:`bn_relu_join`; the batch norms are ``bns.0`` ... ``bns.{k-1}``, of which those
+    of branches that are not ``normalised`` are ``torch.nn.Identity``.
 
     Args:
         num_branches: k. num_features: C.
-        reduction, activation, pool, stats: as in :func:`bn_relu_join`.
+        reduction, activation, pool, stats, normalised: as in :func:`bn_relu_join`.
         eps, momentum, affine, track_running_stats, device, dtype: of ``torch.nn.BatchNorm2d``.
     Example:
-        >>> BNReLUJoin(2, 3)([torch.randn(2, 3, 4, 4)] * 2).shape
+        >>> residual = BNReLUJoin(2, 3, reduction="sum", activation="output", normalised=[True, False])
+        >>> residual([torch.randn(2, 3, 4, 4)] * 2).shape
         torch.Size([2, 3, 4, 4])
     """
 
@@ -241,6 +244,7 @@ class BNReLUJoin(nn.Module):
         activation: str = "branch",
         pool: str | None = None,
         stats: str = "all",
+        normalised: Sequence[bool] | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -252,18 +256,26 @@ class BNReLUJoin(nn.Module):
         if not isinstance(num_branches, int) or not 1 <= num_branches <= MAX_BRANCHES:
             raise ValueError(f"BNReLUJoin: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
         checks.join_options("BNReLUJoin", reduction, activation, pool, stats)
+        plain = checks.plain("BNReLUJoin", normalised, {"inputs": [None] * num_branches})
+        if len(plain) == num_branches:
+            raise ValueError(f"BNReLUJoin: expected a branch that is normalised, got {list(normalised or ())}")
         self.bns = nn.ModuleList(
-            nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-            for _ in range(num_branches)
+            nn.Identity()
+            if i in plain
+            else nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+            for i in range(num_branches)
         )
         self.reduction, self.activation, self.pool, self.stats = reduction, activation, pool, stats
+
+    def _norms(self) -> list[nn.BatchNorm2d]:
+        return [bn for bn in self.bns if not isinstance(bn, nn.Identity)]  # type: ignore[misc]
 
     def _live(self, mask: Tensor | None) -> list[Tensor | None]:
         """Per branch, whether its statistics see this batch; None: they do."""
         if mask is None or (mask.dim() == 2 and self.stats == "all"):
             return [None] * len(self.bns)
         live = (mask != 0).reshape(len(self.bns), -1).any(1)
-        tracks = self.bns[0].training and self.bns[0].track_running_stats
+        tracks = any(bn.training and bn.track_running_stats for bn in self._norms())
         if mask.dim() == 2 and self.sync_group is not None and tracks:  # or has some on another rank
             group = sync.name_of("BNReLUJoin", self.sync_group)
             live = torch.ops.fractal_kernels.sync_sums(live.to(torch.float32), group) > 0
@@ -274,29 +286,37 @@ class BNReLUJoin(nn.Module):
             mask = checks.mask("BNReLUJoin", mask, checks.branches("BNReLUJoin", inputs))
         if len(inputs) != len(self.bns):
             raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
-        first = self.bns[0]
+        norms = self._norms()
+        first = norms[0]
         for name in ("training", "eps", "momentum"):  # a frozen batch norm is one in evaluation mode
-            found = [getattr(bn, name) for bn in self.bns]
+            found = [getattr(bn, name) for bn in norms]
             if any(value != found[0] for value in found):
                 raise ValueError(f"BNReLUJoin: expected one {name} of all batch norms, got {found}")
         live = [1 if per_sample is None else per_sample.to(torch.int64) for per_sample in self._live(mask)]
-        momenta = [advance(bn, alive) for bn, alive in zip(self.bns, live, strict=True)]  # type: ignore[arg-type]
-        running = [_running(bn) for bn in self.bns]  # type: ignore[arg-type]
-        momentum = torch.stack(momenta) if isinstance(momenta[0], Tensor) else momenta[0]  # type: ignore[arg-type]
+        normalised = [not isinstance(bn, nn.Identity) for bn in self.bns]
+        momenta = [
+            advance(bn, alive) if has else 0.0  # type: ignore[arg-type]
+            for bn, alive, has in zip(self.bns, live, normalised, strict=True)
+        ]
+        momentum = momenta[normalised.index(True)]
+        if isinstance(momentum, Tensor):
+            momentum = torch.stack([m if isinstance(m, Tensor) else torch.zeros_like(momentum) for m in momenta])
+        running = [_running(bn) for bn in self.bns]
         return bn_relu_join(
             inputs,
-            [bn.weight for bn in self.bns],  # type: ignore[misc]
-            [bn.bias for bn in self.bns],  # type: ignore[misc]
+            [getattr(bn, "weight", None) for bn in self.bns],
+            [getattr(bn, "bias", None) for bn in self.bns],
             [mean for mean, _ in running],
             [var for _, var in running],
             mask,
             first.training or first.running_mean is None,
             momentum,
-            first.eps,  # type: ignore[arg-type]
+            first.eps,
             reduction=self.reduction,
             activation=self.activation,
             pool=self.pool,
             stats=self.stats,
+            normalised=normalised,
             group=self.sync_group,
         )
 

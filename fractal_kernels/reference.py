@@ -100,6 +100,12 @@ def statistics(y: Tensor, mask: Tensor | None, i: int) -> tuple[Tensor, Tensor, 
     return mean + shift, away.square().sum(axes) / number - shift.square(), count
 
 
+def unchanged(y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance by which a branch is normalised to itself: that of ``var + eps`` is 1."""
+    mean = y.new_zeros(y.shape[1], dtype=accumulate_dtype(y.dtype))
+    return mean, torch.full_like(mean, 1 - eps)
+
+
 def channel_stats(
     mean: Tensor,
     var: Tensor,
@@ -157,12 +163,16 @@ def normalised_join(
     biases: List,
     eps: float,
     flags: int,
+    plain: Sequence[int] = (),
 ) -> Tensor:
-    """A join to be differentiated, by the batch's own statistics where none are given. A value that is dropped has no
-    part in any gradient, be it NaN."""
+    """A join to be differentiated, by the batch's own statistics where none are given, of branches that are not
+    ``plain``. A value that is dropped has no part in any gradient, be it NaN."""
     if means is None or vars is None:
         of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
-        found = [statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
+        found = [
+            (*unchanged(y, eps), y.new_ones(())) if i in plain else statistics(y, None if of_all else mask, i)
+            for i, y in enumerate(ys)
+        ]
         means = [mean for mean, _, _ in found]
         vars = [torch.where(count > 0, var, 1) for _, var, count in found]  # of no values: eps may be 0
     return join([where_alive(mask, i, y) for i, y in enumerate(ys)], mask, means, vars, weights, biases, eps, flags)
@@ -232,7 +242,8 @@ def join_backward_apply(
         scale = (vars[i] + eps).rsqrt() * (weights[i] if weights else 1)
         if sums:
             mean_dz, mean_dzx = (s[i] / sums[2][i].clamp(min=1) for s in sums[:2])
-            dz = dz - _per_channel(mean_dz, dz) - _xhat(ys[i], means[i], vars[i], eps) * _per_channel(mean_dzx, dz)
+            moved = _per_channel(mean_dz, dz) + _xhat(ys[i], means[i], vars[i], eps) * _per_channel(mean_dzx, dz)
+            dz = dz - torch.where(sums[2][i] > 0, moved, 0)  # of a branch that is not normalised nothing is counted
         # A dropped sample gets no gradient, unless the statistics ran over it too.
         elsewhere = bool(sums) and mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
         dy.copy_(dz * _per_channel(scale, dz) if elsewhere else where_alive(mask, i, dz * _per_channel(scale, dz)))

@@ -35,12 +35,18 @@ class Case:
     training: bool = True
     normalise: bool = True
     tracked: bool = True
+    plain: tuple[int, ...] = ()  # branches that are not normalised, among others that are
 
     def __str__(self) -> str:
         words = [f"k{self.k}", self.activation, self.reduction, f"pool_{self.pool}", f"mask_{self.mask}", self.stats]
         words += ["affine"] * self.affine + ["train" if self.training else "eval"]
         words += ["plain"] * (not self.normalise) + ["untracked"] * (not self.tracked)
+        words += ["plain" + "".join(map(str, self.plain))] * bool(self.plain)
         return "-".join(words)
+
+    @property
+    def normalised(self) -> list[bool]:
+        return [self.normalise and i not in self.plain for i in range(self.k)]
 
     @property
     def flags(self) -> dict[str, str | None]:
@@ -130,25 +136,25 @@ class Data:
     """Operands of a case. ``grad`` has the shape of the output."""
 
     ys: list[Tensor]
-    weights: list[Tensor] | None
-    biases: list[Tensor] | None
-    running_means: list[Tensor] | None
-    running_vars: list[Tensor] | None
+    weights: list[Tensor | None] | None
+    biases: list[Tensor | None] | None
+    running_means: list[Tensor | None] | None
+    running_vars: list[Tensor | None] | None
     mask: Tensor | None
     grad: Tensor
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [*self.ys, *(self.weights or []), *(self.biases or [])]
+        return there([*self.ys, *(self.weights or []), *(self.biases or [])])
 
     def copy(self, dtype: torch.dtype | None = None) -> Data:
         """Fresh leaves of the same values and layouts, or all in ``dtype``."""
 
-        def leaf(t: Tensor) -> Tensor:
-            return (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_()
+        def leaf(t: Tensor | None) -> Tensor | None:
+            return None if t is None else (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_()
 
-        def plain(ts: list[Tensor] | None) -> list[Tensor] | None:
-            return None if ts is None else [t.clone() if dtype is None else t.to(dtype) for t in ts]
+        def plain(ts: list[Tensor | None] | None) -> list[Tensor | None] | None:
+            return ts and [None if t is None else t.clone() if dtype is None else t.to(dtype) for t in ts]
 
         return replace(
             self,
@@ -158,6 +164,10 @@ class Data:
             running_means=plain(self.running_means),
             running_vars=plain(self.running_vars),
         )
+
+
+def there(values: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in values if t is not None]
 
 
 def device() -> torch.device:
@@ -193,8 +203,9 @@ def draw(
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(device())
 
-    def vectors(at: float, by: float) -> list[Tensor]:
-        return [(at + by * normal(channels)).to(parameters) for _ in range(case.k)]
+    def vectors(at: float, by: float, requires_grad: bool = False) -> list[Tensor | None]:
+        drawn = [(at + by * normal(channels)).to(parameters).requires_grad_(requires_grad) for _ in range(case.k)]
+        return [None if i in case.plain else t for i, t in enumerate(drawn)]
 
     ys = [(0.5 + (1 + i / 4) * normal(*shape)).to(dtype) for i in range(case.k)]
     pooled = (*shape[:2], shape[2] // 2, shape[3] // 2) if case.pool else shape
@@ -202,10 +213,10 @@ def draw(
     tracked = case.normalise and case.tracked
     return Data(
         [y.requires_grad_() for y in in_layouts(ys, layouts)],
-        [w.requires_grad_() for w in vectors(1, 0.5)] if case.affine else None,
-        [b.requires_grad_() for b in vectors(0, 0.5)] if case.affine else None,
+        vectors(1, 0.5, True) if case.affine else None,
+        vectors(0, 0.5, True) if case.affine else None,
         vectors(0.3, 0.3) if tracked else None,
-        [v.square() + 0.3 for v in vectors(1, 0.3)] if tracked else None,
+        [None if v is None else v.square() + 0.3 for v in vectors(1, 0.3)] if tracked else None,
         draw_mask(case.mask, case.k, shape[0], generator),
         LAYOUTS[grad_layout or layouts[0]](grad),
     )
@@ -237,6 +248,7 @@ def run(case: Case, data: Data, backend: str | None) -> Result:
             d.mask,
             case.training,
             **case.flags,
+            normalised=case.normalised if case.plain else None,
             backend=backend,
         )
     else:  # the flags that no public function combines without normalisation
@@ -245,7 +257,7 @@ def run(case: Case, data: Data, backend: str | None) -> Result:
         flags |= {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}[case.pool]
         out = _PlainJoin.apply(int(flags), backend, d.mask, *d.ys)
     grads = torch.autograd.grad(out, d.leaves, d.grad)
-    return Result(out.detach(), list(grads), [*(d.running_means or []), *(d.running_vars or [])])
+    return Result(out.detach(), list(grads), there([*(d.running_means or []), *(d.running_vars or [])]))
 
 
 def expect(case: Case, data: Data) -> Result:
@@ -259,11 +271,11 @@ def expect(case: Case, data: Data) -> Result:
         d.running_vars,
         d.mask,
         case.training,
-        normalise=case.normalise,
+        normalised=case.normalised,
         **case.flags,
     )
     grads = oracle.gradients(out, d.grad, d.leaves) if out.requires_grad else [torch.zeros_like(t) for t in d.leaves]
-    return Result(out.detach(), grads, [t for t in (*means, *variances) if t is not None])
+    return Result(out.detach(), grads, there([*means, *variances]))
 
 
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

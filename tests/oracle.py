@@ -45,13 +45,13 @@ def join(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    normalise: bool = True,
+    normalised: Sequence[bool] | None = None,
     reduction: str = "mean",
     activation: str = "branch",
     pool: str | None = None,
     stats: str = "all",
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-    """The output and the new running statistics; with ``normalise=False`` a join of the inputs as they are."""
+    """The output and the new running statistics; branches that are not ``normalised`` are joined as they are."""
     k, n = len(inputs), inputs[0].shape[0]
     per_sample = mask is not None and mask.dim() == 2
     keep = (
@@ -61,11 +61,12 @@ def join(
     )
     weights, biases = list(weights or [None] * k), list(biases or [None] * k)
     new_means, new_vars = list(running_means or [None] * k), list(running_vars or [None] * k)
-    from_batch = normalise and (training or new_means[0] is None)
+    normalised = [True] * k if normalised is None else normalised
 
     total: Tensor | float = 0.0
     for i, given in enumerate(inputs):
-        y = wide(given)
+        y, normalise = wide(given), normalised[i]
+        from_batch = normalise and (training or new_means[i] is None)
         alive = keep[i].view(-1, *(1 for _ in y.shape[1:]))
         dropped_whole = mask is not None and not per_sample and not mask[i]
         whole = y

@@ -23,7 +23,8 @@ from fractal_kernels import BackendUnavailable, available_backends, backends, bn
 
 HERE = Path(__file__).resolve().parent
 SUITE = [
-    str(HERE / name) for name in ("test_ops.py", "test_edges.py", "test_running.py", "test_gpu.py", "test_cuda.py")
+    str(HERE / name)
+    for name in ("test_ops.py", "test_edges.py", "test_shortcut.py", "test_running.py", "test_gpu.py", "test_cuda.py")
 ]
 # By the sanitizers: all flags, and what is at the edges.
 EDGES = "all_flags or plain_flags or vector or empty_batch or pools_of_odd_sizes or other_ranks or everything_dropped"
@@ -161,6 +162,7 @@ def execute(library: Path, select: str, shards: int = 1, **environment: str) -> 
 def test_every_flag_executed(library):
     """Against the oracle; in every dtype and shape, all instances: the next test."""
     more = "running_statistics or pools_of_odd_sizes or dropped_branches or strides_of_2_31 or far_from_zero or windows"
+    more += " or equals_the_oracle or shortcut"
     execute(library, f"all_flags or plain_flags or number_of_branches or test_edges or {more}", shards=2)
 
 

@@ -83,6 +83,20 @@ BN_RELU_JOIN = [
     (lambda: join(reduction=["mean"]), ValueError, ["reduction", "got ['mean']"]),
     (lambda: join([torch.ones(2, 3, 4)], pool="before"), ValueError, ["pool", "[N, C, H, W]", "got [2, 3, 4]"]),
     (lambda: join([torch.ones(2, 3, 1, 4)], pool="after"), ValueError, ["pool", "H, W >= 2", "got [2, 3, 1, 4]"]),
+    (lambda: join(normalised="no"), TypeError, ["normalised", "list of bools or None", "got str"]),
+    (lambda: join(normalised=[True]), ValueError, ["normalised", "one entry per input (2)", "got 1"]),
+    (lambda: join(normalised=[True, 0]), TypeError, ["normalised[1]", "bool", "got int"]),
+    (
+        lambda: join(normalised=[True, False], weights=[V, V]),
+        ValueError,
+        ["weights[1] None", "input 1", "got a Tensor"],
+    ),
+    (lambda: join(normalised=[False, True], **RUNNING), ValueError, ["running_means[0] None", "got a Tensor"]),
+    (
+        lambda: join(normalised=[True, False], means=[V, None]),
+        ValueError,
+        ["running_means and running_vars", "mixture"],
+    ),
     (lambda: join(eps=-1.0), ValueError, ["eps >= 0", "got -1.0"]),
     (lambda: join(eps=float("nan")), ValueError, ["eps >= 0", "got nan"]),
     (lambda: join(eps="1e-5"), TypeError, ["eps", "number", "got str"]),
@@ -150,6 +164,13 @@ MODULES = [
     ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4)([Y]), ValueError, ["expected 2 inputs", "got 1"]),
     ("BNReLUJoin", lambda: fk.BNReLUJoin(0, 4), ValueError, ["num_branches", "1 to 8", "got 0"]),
     ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4, pool="max"), ValueError, ["pool", "got 'max'"]),
+    ("BNReLUJoin", lambda: fk.BNReLUJoin(2, 4, normalised=[True]), ValueError, ["normalised", "(2)", "got 1"]),
+    (
+        "BNReLUJoin",
+        lambda: fk.BNReLUJoin(1, 4, normalised=[False]),
+        ValueError,
+        ["a branch that is normalised", "[False]"],
+    ),
     ("fuse", lambda: fk.fuse("model"), TypeError, ["model", "torch.nn.Module", "got str"]),
 ]
 FUNCTIONS = {

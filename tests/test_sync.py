@@ -31,11 +31,13 @@ class Joined(nn.Module):
         super().__init__()
         self.stem = fk.ConvBNReLU(3, 4)
         self.join = fk.BNReLUJoin(2, 4, activation="output", reduction="sum", stats="live")
+        self.residual = fk.BNReLUJoin(2, 4, normalised=[False, True], stats="live", momentum=None)
         self.head = nn.Linear(4, 7)
 
     def forward(self, x, mask):
         y = self.stem(x)
-        return self.head(self.join([y, y.flip(-1)], mask).mean((2, 3)))
+        h = self.join([y, y.flip(-1)], mask)
+        return self.head(self.residual([h, h.flip(-2)], mask).mean((2, 3)))
 
 
 def network(kind):
@@ -93,7 +95,7 @@ def both(rank, folder, kinds):
     for kind in kinds:
         for split in SPLITS:
             net = network(kind)
-            assert (fk.sync_batch_norm(net) if kind == "joined" else net.sync_batch_norm()) in (None, 2)
+            assert (fk.sync_batch_norm(net) if kind == "joined" else net.sync_batch_norm()) in (None, 3)
             net = pickle.loads(pickle.dumps(copy.deepcopy(net)))  # as checkpoints do
             model = DistributedDataParallel(net, **{KEEP: False})
             first, last = (0, split[0]) if rank == 0 else (split[0], N)
@@ -148,7 +150,7 @@ def test_compiled(one_rank, which):
     group = None if which == "all" else dist.new_group([0])
     net = Joined()
     alone = copy.deepcopy(net)
-    assert fk.sync_batch_norm(net, group) == 2
+    assert fk.sync_batch_norm(net, group) == 3
     x, mask = torch.randn(4, 3, 6, 6), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]).bool()
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x, mask), alone(x, mask))

@@ -37,7 +37,7 @@ TESTS = " or ".join(
         "pools_of_odd_sizes", "other_ranks", "wide_offsets", "network", "opcheck", "statistics_of_dropped_branches",
         "dropped_branches_are_not_read", "dropped_sample", "windows_of_minus_infinity", "no_channels", "expanded",
         "only_the_gradients", "running_statistics", "strides_of_2_31", "edges", "few_programs", "windows_with_nan",
-        "nothing_is_written_beside",
+        "nothing_is_written_beside", "equals_the_oracle", "dropped_of_a_shortcut", "infinite_shortcut",
     )
 )  # fmt: skip
 PROCESSES = 2
@@ -54,7 +54,7 @@ def interpreted(*command: str) -> subprocess.Popen[str]:
 
 def test_every_flag_under_the_interpreter():
     """Forward and gradients of every combination of flags against the float64 oracle."""
-    files = [str(HERE / f"test_{name}.py") for name in ("ops", "edges", "running", "triton", "gpu")]
+    files = [str(HERE / f"test_{name}.py") for name in ("ops", "edges", "running", "shortcut", "triton", "gpu")]
     select = f"({TESTS}) and not not_aligned"  # of a GPU's loads, and long: `make interpret` has it
     suite = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files, "-k", select)
     running = [interpreted(*suite, "--shard", f"{i}/{PROCESSES}") for i in range(PROCESSES)]

@@ -26,9 +26,10 @@ struct Job {
   int64_t flags;           // of join.h
   bool reads_y;            // false for the backward of a plain mean: dy needs grad and mask only
   const void* params;      // [k][kParams][C] of accumulator type (float, or double for double); null: no normalisation
-  bool corrects;           // apply: dy = scale*dz + offset + slope*(y - mean), for batch statistics
-  bool flat;               // channels_last without per-channel parameters or gaps: a unit is one long row
-  bool past_caches;        // outputs are aligned and too large to be found in a cache by who reads them next
+  bool corrects;           // apply, for batch statistics: dy = scale*dz + offset + slope*(y - mean)
+  bool corrected[kMaxBranches];  // of which branches: of those that have any
+  bool flat;                     // channels_last without per-channel parameters or gaps: a unit is one long row
+  bool past_caches;              // outputs are aligned and too large to be found in a cache by who reads them next
   int64_t unit_rows, units_per_sample, units;
   bool short_rows;  // channels_last: a row is so few vectors that their parameters are held for several rows
 

@@ -170,6 +170,7 @@ struct Params {
     const A* count = static_cast<const A*>(sums[2].data_ptr());
     for (int b = 0; b < job.k; ++b) {
       A* const of = all.data() + b * kParams * C;
+      job.corrected[b] = count[b] > A(0);
       for (int64_t c = 0; c < C; ++c) {
         const A factor = -of[kScale * C + c] / std::max(count[b], A(1));
         of[kOffset * C + c] = factor * dz[b * C + c];

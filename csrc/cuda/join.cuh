@@ -64,8 +64,8 @@ struct Units {
   float weight[U];
   bool there[U];
 
-  // reads_all: dropped branches too.
-  __device__ __forceinline__ void load(const Args& a, Walk& walk, Live<K>& mask, int c, bool reads_all) {
+  // `dropped`: bits of branches that are read where they are dropped too.
+  __device__ __forceinline__ void load(const Args& a, Walk& walk, Live<K>& mask, int c, unsigned dropped) {
     FRACTAL_UNROLL
     for (int u = 0; u < U; ++u) {
       at[u] = walk;
@@ -77,7 +77,7 @@ struct Units {
     FRACTAL_UNROLL
     for (int u = 0; u < U; ++u) FRACTAL_UNROLL
     for (int b = 0; b < K; ++b) {
-      const bool reads = a.reads_y && there[u] && ((live[u] >> b & 1) || (reads_all && b < a.k));
+      const bool reads = a.reads_y && there[u] && ((live[u] | dropped) >> b & 1);
       if (NP == 4 || !reads) y[u][b].clear();
       if (reads) y[u][b].load(a, a.y[b], at[u], c);
     }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, blocks(Kernel::kForward, K, NP, A, k
     Units<Kernel::kForward, T, K, NP, A, V> units;
     Live<K> mask(a);
     for (Walk walk = first_unit(a); walk.n < a.N;) {
-      units.load(a, walk, mask, c, false);
+      units.load(a, walk, mask, c, 0u);
       FRACTAL_UNROLL
       for (int u = 0; u < units.U; ++u) {
         if (!units.there[u]) continue;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, blocks(Kernel::kReduce, K, NP, A, kA
       Pack<T, V> grad[units.U];
       Live<K> mask(a);
       for (Walk walk = first_unit(a); walk.n < a.N;) {
-        units.load(a, walk, mask, c, false);
+        units.load(a, walk, mask, c, 0u);
         FRACTAL_UNROLL
         for (int u = 0; u < units.U; ++u)
           if (units.there[u]) grad[u].load(output_at<T, A, V>(a, units.at[u], c));
@@ -200,11 +200,13 @@ __global__ void __launch_bounds__(kThreads, blocks(Kernel::kApply, K, NP, A, kAr
     const int c = channel<A, V>(group);
     if (c >= a.C) return;
     const Norm<K, P> norm(a, c);
-    float centre[K][P], slope[K][P];  // dy = scale*dz + centre + slope*(y - mean)
+    float centre[K][P], slope[K][P];  // dy = scale*dz + centre + slope*(y - mean), of branches that have statistics
+    unsigned counted = 0;
     FRACTAL_UNROLL
     for (int b = 0; b < K; ++b) {
-      const bool has = b < a.k && a.count != nullptr;
-      const float inverse = has ? -1.f / fmaxf(a.count[b], 1.f) : 0.f;  // a division for a branch, not for a channel
+      const bool has = b < a.k && a.count != nullptr && a.count[b] > 0.f;
+      counted |= has ? 1u << b : 0u;
+      const float inverse = has ? -1.f / a.count[b] : 0.f;  // a division for a branch, not for a channel
       FRACTAL_UNROLL
       for (int p = 0; p < P; ++p) {
         const float factor = norm.scale[b][p] * inverse;
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, blocks(Kernel::kApply, K, NP, A, kAr
     Pack<T, V> grad[units.U];
     Live<K> mask(a);
     for (Walk walk = first_unit(a); walk.n < a.N;) {
-      units.load(a, walk, mask, c, a.all_samples);
+      units.load(a, walk, mask, c, a.all_samples ? counted : 0u);
       FRACTAL_UNROLL
       for (int u = 0; u < units.U; ++u) {
         grad[u] = {};
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, blocks(Kernel::kApply, K, NP, A, kAr
       for (int u = 0; u < units.U; ++u) {
         if (!units.there[u]) continue;
         const Join<float> join = join_of(a, units.weight[u]);
-        const Bits live{units.live[u]}, corrected{a.count == nullptr ? 0u : a.all_samples ? ~0u : units.live[u]};
+        const Bits live{units.live[u]}, corrected{a.all_samples ? counted : units.live[u] & counted};
         FRACTAL_UNROLL
         for (int v = 0; v < V; ++v) {
           float z[K][NP];

@@ -41,12 +41,14 @@ def join(
     biases: Sequence[Tensor | None],
     eps: float,
     flags: int,
+    plain: tuple[int, ...] = (),
     batch_stats: bool = False,
     momentum: float | Tensor = 0.0,
 ) -> Tensor:
     """The join of the kernels, each of whose parts is one operator that exporters know and runtimes fuse themselves.
 
-    With the batch's statistics, ``means`` and ``vars`` are the running ones that move, or Nones.
+    With the batch's statistics, ``means`` and ``vars`` are the running ones that move, or Nones. ``plain`` branches are
+    not normalised.
     """
     dtype, inputs = ys[0].dtype, ys
     wide = accumulate_dtype(dtype)
@@ -55,15 +57,17 @@ def join(
             live = mask is not None and (mask.dim() == 1 or bool(flags & Flags.STATS_LIVE))
             other = any(t is not None and t.dtype != wide for t in (*means, *vars))
             if batch_stats and (live or other or isinstance(momentum, Tensor)):  # not the statistics of batch_norm
-                return _by_definition(ys, mask, means, vars, weights, biases, eps, flags, momentum).to(dtype)
+                return _by_definition(ys, mask, means, vars, weights, biases, eps, flags, plain, momentum).to(dtype)
             if mask is not None and not batch_stats:  # else a NaN that is dropped would be in the weight's gradient
                 ys = [reference.where_alive(mask, i, y) for i, y in enumerate(ys)]
             if foreign_tool() == TRANSFORM:  # whose batch_norm takes one dtype
                 ys = [y.to(wide) for y in ys]
             share = 0.0 if isinstance(momentum, Tensor) else momentum
             params = [[None if p is None else p.to(wide) for p in of_all] for of_all in (means, vars, weights, biases)]
-            parts = zip(ys, *params, strict=True)
-            ys = [F.batch_norm(y, mean, var, w, b, batch_stats, share, eps) for y, mean, var, w, b in parts]
+            ys = [
+                y if i in plain else F.batch_norm(y, mean, var, w, b, batch_stats, share, eps)
+                for i, (y, mean, var, w, b) in enumerate(zip(ys, *params, strict=True))
+            ]
         if mask is not None:
             return reference.join(ys, mask, [], [], [], [], eps, flags).to(dtype)
         if flags & Flags.RELU_BRANCH:
@@ -87,6 +91,7 @@ def _by_definition(
     biases: Sequence[Tensor | None],
     eps: float,
     flags: int,
+    plain: tuple[int, ...],
     momentum: float | Tensor,
 ) -> Tensor:
     """The join of the batch's statistics, as the reference has it: of branches that are dropped, of running statistics
@@ -95,12 +100,13 @@ def _by_definition(
     if running:
         with torch.no_grad():
             of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
-            found = [reference.statistics(y, None if of_all else mask, i) for i, y in enumerate(ys)]
+            normed = [i for i in range(len(ys)) if i not in plain]
+            found = [reference.statistics(ys[i], None if of_all else mask, i) for i in normed]
             mean, var, count = (torch.stack(parts) for parts in zip(*found, strict=True))
-            share = momentum.to(wide).expand(len(ys)) if isinstance(momentum, Tensor) else momentum
+            share = momentum.to(wide).expand(len(ys))[normed] if isinstance(momentum, Tensor) else momentum
             for old, new, by in reference.updates(running, mean, var, count.to(wide), share):
                 old.lerp_(new, by)  # one by one, as vmap takes them
     one, zero = (ys[0].new_full(ys[0].shape[1:2], value, dtype=wide) for value in (1.0, 0.0))
     scale = [one if w is None else w.to(wide) for w in weights]
     shift = [zero if b is None else b.to(wide) for b in biases]
-    return reference.normalised_join(ys, mask, None, None, scale, shift, eps, flags)
+    return reference.normalised_join(ys, mask, None, None, scale, shift, eps, flags, plain)

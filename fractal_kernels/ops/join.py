@@ -1,20 +1,19 @@
-"""Masked joins: ``masked_mean_join``, ``bn_relu_join`` and the autograd function under them."""
+"""Masked joins: ``masked_mean_join``, ``bn_relu_join`` and the autograd functions under them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks, reference, sync
-from ..library import MAX_BRANCHES, Flags, accumulate_dtype
+from ..library import Flags, accumulate_dtype
 from . import exported
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
-__all__ = ["bn_relu_join", "drop_path_mask", "masked_mean_join"]
+__all__ = ["bn_relu_join", "masked_mean_join"]
 
 _OPS = torch.ops.fractal_kernels
 
@@ -65,8 +64,8 @@ def _normalised_gradients(ctx: Any, grad: Tensor) -> Gradients | None:
     saved = inputs_of(ctx)
     ys, mask, *fixed, weights, biases = _operands(ctx, saved)
     means, vars = (None, None) if ctx.batch_stats else fixed
-    out = reference.normalised_join(ys, mask, means, vars, weights, biases, ctx.eps, ctx.flags)
-    return gradients(ctx, out, [None] * 7 + saved, grad)
+    out = reference.normalised_join(ys, mask, means, vars, weights, biases, ctx.eps, ctx.flags, ctx.plain)
+    return gradients(ctx, out, [None] * 8 + saved, grad)
 
 
 class _NormJoin(torch.autograd.Function):
@@ -78,9 +77,9 @@ class _NormJoin(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:  # *args: as above
-        ctx, k, affine, batch_stats, eps, flags, backend, group, *tensors = args
+        ctx, k, affine, batch_stats, plain, eps, flags, backend, group, *tensors = args
         ctx.save_for_backward(*tensors)
-        ctx.k, ctx.affine, ctx.batch_stats = k, affine, batch_stats
+        ctx.k, ctx.affine, ctx.batch_stats, ctx.plain = k, affine, batch_stats, plain
         ctx.eps, ctx.flags, ctx.backend, ctx.group = eps, flags, backend, group
         out: Tensor = _OPS.join_forward(*_operands(ctx, tensors), eps, flags, backend)
         once = torch.compiler.is_compiling() or in_checkpoint() or out.is_inference()
@@ -96,7 +95,7 @@ class _NormJoin(torch.autograd.Function):
         dws: list[Tensor | None] = [None] * affine
         dbs: list[Tensor | None] = [None] * affine
         sums: list[Tensor] = []
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[9:]
         if ctx.batch_stats or any(needs[k : k + 2 * affine]):
             dz, dzx = _OPS.join_backward_reduce(*head, ctx.eps, ctx.flags, ctx.backend)
             if affine:
@@ -109,7 +108,7 @@ class _NormJoin(torch.autograd.Function):
         if any(needs[:k]):
             dys = _OPS.join_backward_apply(*head, sums, k, ctx.eps, ctx.flags, ctx.backend)
         rest = (None,) * (2 * k + ctx.batch_stats)
-        return (None,) * 8 + (*dys, *dws, *dbs, *rest)
+        return (None,) * 9 + (*dys, *dws, *dbs, *rest)
 
 
 def in_checkpoint() -> bool:
@@ -167,6 +166,10 @@ def masked_mean_join(
     flags = checks.join_options(op, "mean", "none", pool, "all")
     if pool is not None:
         checks.poolable(op, ys[0])
+    return _plain_join(op, ys, mask, flags, backend)
+
+
+def _plain_join(op: str, ys: list[Tensor], mask: Tensor | None, flags: int, backend: str | None) -> Tensor:
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
     if exported.foreign_tool():
         return exported.join(ys, mask, [], [], [], [], 0.0, flags)
@@ -197,13 +200,16 @@ def normalised_join(
     flags: int,
     backend: str | None,
     group: object = None,
+    plain: tuple[int, ...] = (),
 ) -> Tensor:
-    """Batch norm of every branch, activation, join and pooling; inputs are checked. Updates running statistics."""
+    """Batch norm of every branch but the ``plain`` ones, activation, join and pooling; inputs are checked. Updates
+    running statistics."""
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
     synchronised = sync.name_of(op, group) if training else ""
     k, channels, dtype = len(ys), ys[0].shape[1], accumulate_dtype(ys[0].dtype)
     checks.momentum(op, momentum, ys)
-    batch_stats = training or running_means[0] is None
+    normed = [i for i in range(k) if i not in plain]
+    batch_stats = training or running_means[normed[0]] is None
     per_channel = ys[0].numel() // max(channels, 1)
     if training and per_channel == 1 and not synchronised:
         raise ValueError(
@@ -220,20 +226,40 @@ def normalised_join(
     if tool := exported.foreign_tool():
         if synchronised:
             raise RuntimeError(f"{op}: expected no process group, or evaluation, got {tool} of synchronised batch norm")
-        return exported.join(ys, mask, running_means, running_vars, weights, biases, eps, flags, batch_stats, momentum)
+        return exported.join(
+            ys, mask, running_means, running_vars, weights, biases, eps, flags, plain, batch_stats, momentum
+        )
     if not batch_stats:  # with gradients copies: training may move them before the backward of this evaluation
-        params += torch.stack(running).unbind() if torch.is_grad_enabled() else running
+        fixed = torch.stack(running).unbind() if torch.is_grad_enabled() else running
+        params += _of_all(ys, normed, fixed[: len(normed)], fixed[len(normed) :], eps)
     params = [p if p.dtype == dtype and p.is_contiguous() else p.to(dtype).contiguous() for p in params]
     if batch_stats:
-        mean, var, count = _statistics(ys, mask, flags, backend, synchronised, running if training else [], momentum)
-        params += [*mean.unbind(), *var.unbind(), count]
-    options = (k, affine, batch_stats, eps, flags, backend, synchronised)
+        moved = running if training else []
+        mean, var, count = _statistics(ys, normed, mask, flags, backend, synchronised, moved, momentum)
+        params += _of_all(ys, normed, mean.unbind(), var.unbind(), eps)
+        if plain:  # nothing is counted in these
+            none, counts = count.new_zeros(()), dict(zip(normed, count.unbind(), strict=True))
+            count = torch.stack([counts.get(i, none) for i in range(k)])
+        params.append(count)
+    options = (k, affine, batch_stats, plain, eps, flags, backend, synchronised)
     return _NormJoin.apply(*options, mask, *_distinct([*ys, *params]))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _of_all(
+    ys: list[Tensor], normed: list[int], means: Sequence[Tensor], vars: Sequence[Tensor], eps: float
+) -> list[Tensor]:
+    """k means and k variances, of those of the branches that are normalised."""
+    if len(normed) == len(ys):
+        return [*means, *vars]
+    own = dict(zip(normed, zip(means, vars, strict=True), strict=True))
+    same = reference.unchanged(ys[0], eps)
+    return [own.get(i, same)[part] for part in (0, 1) for i in range(len(ys))]
 
 
 @torch.no_grad()
 def _statistics(
     ys: list[Tensor],
+    normed: list[int],
     mask: Tensor | None,
     flags: int,
     backend: str,
@@ -249,6 +275,10 @@ def _statistics(
         momentum = 0.0
     of_all = mask is not None and mask.dim() == 2 and not flags & Flags.STATS_LIVE
     mask = None if of_all else mask
+    if len(normed) < len(ys):  # not by a list as an index, which would be copied to the device
+        momenta = None if momenta is None else torch.stack([momenta[i] for i in normed])
+        mask = None if mask is None else torch.stack([mask[i] for i in normed])
+        ys = [ys[i] for i in normed]
     if not group:
         return _OPS.channel_stats(ys, mask, running, momentum, momenta, backend)  # type: ignore[no-any-return]
     mean, var, count = _OPS.sync_stats(*_OPS.channel_stats(ys, mask, [], 0.0, None, backend), group)
@@ -272,6 +302,7 @@ def bn_relu_join(
     activation: str = "branch",
     pool: str | None = None,
     stats: str = "all",
+    normalised: Sequence[bool] | None = None,
     group: object = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -293,6 +324,8 @@ def bn_relu_join(
         activation: "branch" (ReLU on each branch), "output" (ReLU on the join) or "none".
         pool: None, "before" (each branch pooled, then joined) or "after" (the join pooled); [N, C, H, W] only.
         stats: under a [k, N] mask, statistics of a branch over "all" samples or over its "live" ones.
+        normalised: per branch, whether it has a batch norm; one without, the identity shortcut of a residual block, has
+            :math:`\hat y_i = y_i`, and None for its weight, bias and running statistics. None: all have one.
         group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
             norm; every rank makes the same calls, one of them with an empty batch too); None: this process's batch.
         backend: a name of :func:`available_backends`; None chooses.
@@ -308,63 +341,30 @@ def bn_relu_join(
         >>> ys = [torch.randn(2, 3, 4, 4) for _ in range(2)]
         >>> bn_relu_join(ys, None, None, None, None, training=True, pool="before").shape
         torch.Size([2, 3, 2, 2])
+
+        The end of a residual block, relu(bn(y) + x):
+
+        >>> y, x = torch.randn(2, 2, 3, 4, 4).unbind()
+        >>> options = dict(reduction="sum", activation="output", normalised=[True, False])
+        >>> out = bn_relu_join([y, x], None, None, None, None, training=True, **options)
+        >>> torch.allclose(out, (torch.nn.BatchNorm2d(3)(y) + x).relu(), atol=1e-6)
+        True
     """
     op = "bn_relu_join"
     ys = checks.branches(op, inputs)
     ws, bs = checks.per_channel(op, "weights", weights, ys), checks.per_channel(op, "biases", biases, ys)
     rms = checks.per_channel(op, "running_means", running_means, ys)
     rvs = checks.per_channel(op, "running_vars", running_vars, ys)
-    if len({t is None for t in (*rms, *rvs)}) > 1:
+    plain = checks.plain(op, normalised, {"weights": ws, "biases": bs, "running_means": rms, "running_vars": rvs})
+    if len({t is None for of_all in (rms, rvs) for i, t in enumerate(of_all) if i not in plain}) > 1:
         raise ValueError(f"{op}: expected running_means and running_vars for all branches or for none, got a mixture")
     mask = checks.mask(op, mask, ys)
     flags = checks.join_options(op, reduction, activation, pool, stats)
     if pool is not None:
         checks.poolable(op, ys[0])
     eps = checks.eps(op, eps)
-    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, eps, flags, backend, group)
-
-
-def drop_path_mask(
-    num_branches: int,
-    p: float,
-    batch_size: int | None = None,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Draws a local drop-path mask: every branch is dropped with probability p, and at least one survives.
-
-    Args:
-        num_branches: k, 1 to 8.
-        p: probability of dropping a branch, in [0, 1]. If all are dropped, one drawn uniformly is revived.
-        batch_size: N for a mask per sample, None for one draw for the batch.
-        generator: source of randomness, on ``device``.
-        device: where the mask is made, without a synchronisation.
-    Returns:
-        bool, [k] or [k, N]; True keeps the branch.
-    Raises:
-        ValueError: num_branches, p or batch_size out of range.
-    Source:
-        Larsson et al. 2016 (arXiv:1605.07648), section 3, local sampling.
-    Example:
-        >>> drop_path_mask(3, 1.0, 4).sum(0).tolist()
-        [1, 1, 1, 1]
-    """
-    op = "drop_path_mask"
-    if not isinstance(num_branches, Integral) or not 1 <= num_branches <= MAX_BRANCHES:
-        raise ValueError(f"{op}: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
-    checks.probability(op, "p", p)
-    if batch_size is not None and (not isinstance(batch_size, (Integral, torch.SymInt)) or batch_size < 0):
-        raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: expected generator None or a torch.Generator, got {type(generator).__name__}")
-    shape = (2, num_branches, 1 if batch_size is None else batch_size)
-    # No generator where there is none: with one, a size that torch.compile does not know is refused.
-    draws = torch.rand(
-        shape, dtype=torch.float32, device=device, **({} if generator is None else {"generator": generator})
-    )
-    keep = draws[0] >= p
-    revived = draws[1] == draws[1].amax(0) if draws.numel() else keep
-    first = revived & (revived.cumsum(0) == 1)  # ties are as good as impossible, and still revive one
-    keep = keep | (~keep.any(0) & first)
-    return keep[:, 0] if batch_size is None else keep
+    if len(plain) == len(ys):
+        checks.momentum(op, momentum, ys)
+        sync.name_of(op, group)
+        return _plain_join(op, ys, mask, flags, backend)
+    return normalised_join(op, ys, ws, bs, rms, rvs, mask, training, momentum, eps, flags, backend, group, plain)

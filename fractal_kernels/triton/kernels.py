@@ -20,6 +20,7 @@ from .maths import (
     all_parameters,
     all_values,
     all_within,
+    also_dropped,
     channels,
     corrections,
     join_weight,
@@ -173,7 +174,7 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
     NP: tl.constexpr = 4 if POOL_BEFORE or POOL_AFTER else 1
     c = channels(BC, WIDE)
     ms, invstds, scales, shifts = all_parameters(means, vars, weights, biases, c, C, eps, K, NORM, HAS_W, HAS_B)
-    centres, slopes = corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K, BATCH)
+    centres, slopes, counted = corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K, BATCH)
     for tile in range(tl.program_id(0), (count - 1) // BP + 1, tl.num_programs(0)):
         there, n, h, w = sites(tile, count, pixels, width, BP, NP == 4, FLAT, WIDE)
         lives, live_count = all_live(mask, n, there, mk, mn, K, MASK)
@@ -185,7 +186,7 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
         g = tl.load(grad + at, whole, other=0.0).to(tl.float32)
         if READS:
             offs = all_offsets(n, h, w, c, y_sn, y_sc, y_sh, y_sp, K, 2 if NP == 4 else 1, CL)
-            reads = all_within(all_of(there, K) if ALL else lives, c < C, K)
+            reads = all_within(also_dropped(lives, there, counted, K) if ALL else lives, c < C, K)
             zs, ds = all_values(ys, offs, reads, ms, scales, shifts, y_sh, y_sp, h, w, H, W, K, NP, NORM, CL)
             dzs = site_gradients(zs, g, lives, weight, K, MASK, RELU_BRANCH, RELU_OUTPUT, POOL_BEFORE, POOL_AFTER)
         else:
@@ -198,7 +199,7 @@ def join_backward_apply(dys, grad, ys, mask, means, vars, weights, biases, sum_d
                 v = tl.where(lives[b], v, 0.0) if MASK else v
                 ok = there & (c < C)
                 if BATCH:
-                    v += centres[b] + slopes[b] * ds[b * NP + e]
+                    v += tl.where(counted[b], centres[b] + slopes[b] * ds[b * NP + e], 0.0)
                     v = v if ALL or not MASK else tl.where(lives[b], v, 0.0)
                 if NP == 4:
                     ok = ok & (2 * h + e // 2 < H) & (2 * w + e % 2 < W)

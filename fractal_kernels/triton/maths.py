@@ -266,6 +266,15 @@ def all_within(lives, inside, K: tl.constexpr):
 
 
 @triton.jit
+def also_dropped(lives, there, counted, K: tl.constexpr):
+    """Tuple over the branches: the sites that live, and the dropped ones of branches whose statistics saw them."""
+    out = ()
+    for b in tl.static_range(K):
+        out = out + (lives[b] | (there & counted[b]),)
+    return out
+
+
+@triton.jit
 def accumulate(sums, dzs, ds, lives, K: tl.constexpr, NP: tl.constexpr, MASK: tl.constexpr):
     """sums + (dz, dz*d), summed over the window."""
     out = ()
@@ -289,13 +298,15 @@ def all_of(value, K: tl.constexpr):
 
 @triton.jit
 def corrections(sum_dz, sum_dzx, counts, scales, invstds, c, C, K: tl.constexpr, BATCH: tl.constexpr):
-    """Tuples over the branches: dy = scale*dz + centre + slope*(y - mean)."""
-    centres, slopes = (), ()
+    """Tuples over the branches: dy = scale*dz + centre + slope*(y - mean), of those that have statistics."""
+    centres, slopes, counted = (), (), ()
     for b in tl.static_range(K):
-        centre, slope = 0.0, 0.0
+        centre, slope, has = 0.0, 0.0, False
         if BATCH:
-            factor = -scales[b] / tl.maximum(tl.load(counts + b), 1.0)
+            n = tl.load(counts + b + tl.zeros([1, 1], tl.int32))  # no scalar: the interpreter has none that are bool
+            has = n > 0
+            factor = -scales[b] / tl.maximum(n, 1.0)
             centre = factor * vector(sum_dz + b * C, c, C)
             slope = factor * vector(sum_dzx + b * C, c, C) * invstds[b]
-        centres, slopes = centres + (centre,), slopes + (slope,)
-    return centres, slopes
+        centres, slopes, counted = centres + (centre,), slopes + (slope,), counted + (has,)
+    return centres, slopes, counted
