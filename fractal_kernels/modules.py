@@ -109,7 +109,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.marks and self.sync_group is None and (tool := foreign_tool()):
             out = super().forward(input)  # its ReLU follows, as the model was written
-            return out.relu() if tool == TRANSFORM else out  # which may end before the ReLU
+            if tool == TRANSFORM:  # which may end before the ReLU; as what a ReLU may change in place
+                out = torch.where(out <= 0, 0, out)
+            return out
         self._check_input_dim(input)
         out = bn_relu(
             input,

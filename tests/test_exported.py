@@ -189,7 +189,9 @@ def test_a_block_in_training_is_not_exported():
 def test_transforms(training, dtype):
     """Gradients, batches of gradients, directional derivatives and per-sample gradients, as of a model of PyTorch's."""
     torch.manual_seed(0)
-    eager = nn.Sequential(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    eager = nn.Sequential(
+        nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1)
+    )
     eager = eager.to(dtype).to(memory_format=torch.channels_last).train(training)
     fused, x = copy.deepcopy(eager), torch.randn(3, 2, 5, 5, dtype=dtype)
     assert fk.fuse(fused).fused == ["1"]
