@@ -1,4 +1,5 @@
-"""Both GPU backends: memory of a join in training, the residual add with stochastic depth, and the column step.
+"""Both GPU backends: memory of a join in training, the residual add with stochastic depth, the end of a residual block,
+and the column step.
 
 Run with ``pytest benchmarks/bench_gpu_ops.py -m gpu``; timing, shapes and contenders are those of bench_gpu.py.
 """
@@ -138,6 +139,52 @@ def test_stochastic_depth(benchmark: Any, compare: Callable[..., None], backend:
     what = f"{backend} residual add with stochastic depth, {TITLE}, {REPEATS} calls"
     contenders = {name: repeated(launch) for name, launch in timed.items()}
     compare("gpu", what, contenders, ROUNDS, extra=extra, case=this)
+
+
+class EndOfBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(SHAPE[1], device=DEVICE)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        out = self.norm(y)
+        out += x
+        return out.relu_()
+
+
+@cache
+def end_of_block() -> EndOfBlock:
+    """One for both backends, so that what is compiled of it is shared."""
+    return EndOfBlock()
+
+
+@pytest.mark.keep_compiled
+@BACKENDS
+def test_end_of_a_residual_block(benchmark: Any, compare: Callable[..., None], backend: str) -> None:
+    """relu(bn(y) + x) in training, forward and backward."""
+    y, x, grad = filled(DTYPE, LAYOUT).requires_grad_(), filled(DTYPE, LAYOUT).requires_grad_(), filled(DTYPE, LAYOUT)
+    assert_exceeds_cache(3 * x.nbytes)
+    block = end_of_block()
+    norm, fused = block.norm, {name: compiled(block, mode) for name, mode in MODES.items()}
+    params = [[t, None] for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    options: dict[str, Any] = dict(reduction="sum", activation="output", normalised=[True, False], backend=backend)
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: fk.bn_relu_join([y, x], *params, training=True, **options),
+        "eager": lambda: block(y, x),
+        **{name: lambda f=f: f(y, x) for name, f in fused.items()},
+    }
+
+    def step(name: str) -> list[Tensor]:
+        out = forwards[name]()
+        return [out.detach(), *torch.autograd.grad(out, [y, x, *norm.parameters()], grad)]
+
+    with torch.no_grad():  # the gradients of what is near 0 depend on how the sum is rounded
+        hold_together("ours, end of a residual block", [forwards["ours"]()], [block(y.float(), x)], TOLERANCE[DTYPE])
+    this = case("residual_end", "forward+backward", backend, DTYPE, LAYOUT)
+    benchmark.group = group(this)
+    what = f"{backend} relu(bn(y) + x) in training, forward + backward, {TITLE}, {REPEATS} calls"
+    contenders = {name: repeated(lambda name=name: step(name)) for name in forwards}
+    compare("gpu", what, contenders, ROUNDS, case=this)
 
 
 @cache

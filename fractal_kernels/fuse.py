@@ -109,14 +109,13 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     method of the model too, has had both. Under ``torch.compile`` a ReLU that no trace saw do anything else does
     nothing: where batch norms were replaced since, call ``fuse`` again before it.
 
-    A convolution before such a batch norm runs as in :func:`conv_bn_relu` (its class is another then): on the CPU, 3x3
-    ones are faster if the model and its input are in channels_last.
+    3x3 convolutions at stride 1 run as in :func:`conv_bn_relu`, whatever follows them (their class is another then): on
+    the CPU they are faster if the model and its input are in channels_last.
 
     Args:
         model: any module.
         recompute: convolutions that read a fused batch norm compute it again in backward, as in :func:`recomputed`: of
-            a chain of convolution, batch norm and ReLU one tensor a step is kept instead of two. All convolutions run
-            as in :func:`conv_bn_relu` then.
+            a chain of convolution, batch norm and ReLU one tensor a step is kept instead of two.
     Returns:
         A report; printing it lists what was left and why.
     Raises:
@@ -145,17 +144,17 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
         bn.__class__, bn.marks = BatchNormReLU2d, True  # type: ignore[assignment]
         for use in uses:
             use.after.__class__ = FusedReLU
-            if type(use.before) is nn.Conv2d and StepConv2d.may_be_ours(use.before):
-                use.before.__class__ = StepConv2d
         fused.append(names[bn])
     for relu in names:
         if isinstance(relu, FusedReLU):
             before = {use.before for use in found.uses.get(relu, [])}
             fed = [isinstance(bn, BatchNormReLU2d) and bn.marks and not _is_watched(bn) for bn in before]
             relu.alone = bool(fed) and all(fed) and _is_relu(relu) and slots[relu] == 1
-    for module in names if recompute else ():
-        if type(module) in (nn.Conv2d, StepConv2d):
-            module.__class__, module.recompute = StepConv2d, True
+    for module in names:
+        if type(module) is nn.Conv2d and (recompute or StepConv2d.may_be_ours(module)):
+            module.__class__ = StepConv2d
+        if type(module) is StepConv2d and recompute:
+            module.recompute = True
     return FuseReport(fused, skipped)
 
 

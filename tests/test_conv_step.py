@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_conv3x3 import cpu_conv_here  # noqa: F401  a fixture
-from torch import nn
+from torch import Tensor, nn
 
 import fractal_kernels as fk
 from fractal_kernels import conv3x3
@@ -131,6 +131,26 @@ def test_module_and_fuse(used):
         own, theirs = next(net.parameters()).grad, eager[0].weight.grad
         assert float((own - theirs).norm()) <= 1e-3 * float(theirs.norm())  # a ReLU may differ
     assert list(fused.state_dict()) == list(eager.state_dict())
+
+
+def test_fuse_of_a_convolution_alone(used):
+    """Whatever follows it, and in a model that cannot be traced too."""
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).tanh() if x.sum() < 1e9 else x
+
+    eager, (x, _) = Alone().to(memory_format=LAST), operands()
+    net = copy.deepcopy(eager)
+    fk.fuse(net)
+    used.clear()
+    assert torch.allclose(net(x), eager(x), atol=1e-4) and used and all(used)
+    fk.unfuse(net)
+    assert type(net.conv) is nn.Conv2d
 
 
 def test_fuse_finds_what_it_made_a_leaf():
