@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +23,9 @@ def test_dry_run(capsys):
     assert output.count("tests collected") == 3, output
 
 
-def test_dry_run_finds_what_is_broken(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "TESTS", ["tests/test_not_there.py"])
+def test_dry_run_finds_what_is_broken(monkeypatch, capsys, tmp_path):
+    (tmp_path / "test_broken.py").write_text("import not_there\n")  # of a file that is missing all conftests are read
+    monkeypatch.setattr(gpu, "TESTS", [str(tmp_path / "test_broken.py")])
     assert gpu.main(["--dry-run", "--stages", "test"]) == 1
     assert "test: exit status" in capsys.readouterr().err
 
@@ -53,6 +56,7 @@ QUARTER = ["--minutes", "0.25"]
 ROW = {"group": "gpu", "unit": "ms", "contenders": {"ours": {"figure": 1.0}, "copy": {"figure": 1.0}}, "ratios": {}}
 CASE = {"op": "mean", "direction": "forward", "backend": "triton", "dtype": "bf16", "layout": "nhwc", "shape": [2, 64]}
 SUITE = """
+import pathlib
 import signal
 import time
 import pytest
@@ -71,7 +75,9 @@ def test_long(benchmark):
     benchmark.extra_info.update({row!r} | dict(what="long"))
     if {deaf}:  # like a compiler that does not come back
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-    time.sleep({sleep})
+    if {sleep}:
+        pathlib.Path({asleep!r}).touch()
+        time.sleep({sleep})
 
 def test_late(benchmark):
     benchmark.extra_info.update({row!r} | dict(what="late"))
@@ -94,8 +100,35 @@ def machine(monkeypatch):
 def written(folder, sleep, deaf=False):
     suite = folder / "test_suite.py"
     row = ROW | {"case": CASE, "extra": {"gb_per_s": 900.0, "share_of_copy": 0.9}}
-    suite.write_text(SUITE.format(row=row, sleep=sleep, deaf=deaf))
+    (folder / "asleep").unlink(missing_ok=True)
+    suite.write_text(SUITE.format(row=row, sleep=sleep, deaf=deaf, asleep=str(folder / "asleep")))
     return [str(suite)]
+
+
+def hurry(monkeypatch, folder):
+    """The time of a process is over as soon as its suite sleeps, whatever the machine takes until then; returns how
+    many seconds each was given. What ends by the clock is in the tests of a stage and of a suite that is cut."""
+    start, given = gpu.start, []
+
+    def wait(process, real, timeout=None):
+        if timeout is None:
+            return real()
+        given.append(timeout)
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and not (folder / "asleep").exists():
+            try:
+                return real(0.05)
+            except subprocess.TimeoutExpired:
+                pass
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    def begin(*args, **variables):
+        process = start(*args, **variables)
+        process.wait = partial(wait, process, process.wait)
+        return process
+
+    monkeypatch.setattr(gpu, "start", begin)
+    return given
 
 
 def results(folder):
@@ -106,7 +139,8 @@ def results(folder):
 
 def test_a_round(machine, monkeypatch, tmp_path, capsys):
     """Rows of tests that passed are kept, a failing stage does not end the round, what was not reached is counted."""
-    monkeypatch.setattr(gpu, "BENCHES", {"kernels": written(tmp_path, 0), "steps": [str(tmp_path / "nothing.py")]})
+    (tmp_path / "test_nothing.py").touch()
+    monkeypatch.setattr(gpu, "BENCHES", {"kernels": written(tmp_path, 0), "steps": [str(tmp_path / "test_nothing.py")]})
     out = tmp_path / "results"
     assert gpu.main(["--results", str(out), "--minutes", "1"]) == 1
     result, said = results(out), capsys.readouterr().out
@@ -131,9 +165,9 @@ def test_a_round_that_is_too_long(machine, monkeypatch, tmp_path):
     assert said == "1 rows, 0 before; 1 passed, 2 skipped, 2 of the skipped for want of time", said
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu, "BENCHES", {"steps": written(tmp_path, 600, deaf=True)})
-    out, begun = tmp_path / "results", time.monotonic()
+    out, given = tmp_path / "results", hurry(monkeypatch, tmp_path)
     assert gpu.main(["--results", str(out), "--stages", "steps", "--select", "not wrong", *QUARTER]) == 0
-    assert time.monotonic() - begun < 45
+    assert len(given) == 1 and 10 < given[0] <= 15
     result = results(out)
     assert [row["what"] for row in result["rows"]] == ["measured"]
     assert "not done in 15 s" in result["stages"]["steps"]["said"]
@@ -174,6 +208,7 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
     monkeypatch.setattr(gpu, "rates", dict)
     monkeypatch.setattr(gpu, "GRACE", 1)
     monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 600, deaf=True))
+    given = hurry(monkeypatch, tmp_path)
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--shard')\n")
     this = gpu.Round(tmp_path, 1, time.monotonic() + 60, tests="" if fails else "not wrong")
     this.limit = 12
@@ -181,7 +216,7 @@ def test_tests_that_are_late_have_not_failed(fails, machine, monkeypatch, tmp_pa
         with pytest.raises(gpu.Failed, match=r"failed: .*test_wrong \(call\)"):
             this.test()
     else:
-        assert "not done in 12 s" in this.test()
+        assert "not done in 12 s" in this.test() and len(given) == 1 and 11 < given[0] <= 12
         this.goes_on = True  # the next round of the commit runs what this one did not reach
         monkeypatch.setattr(gpu, "TESTS", written(tmp_path, 0))
         assert this.test() == "2 passed; 1 passed before"
