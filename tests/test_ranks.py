@@ -17,6 +17,7 @@ pytest.importorskip("sklearn")
 
 import yaml  # noqa: E402
 from fractalnet import checkpoints  # noqa: E402
+from fractalnet.__main__ import main  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = {
@@ -33,10 +34,15 @@ RECIPE = {
 }
 
 
-def start(folder, name, *options, **changes):
+def training(folder, name, **changes):
+    """The arguments of one."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(RECIPE | changes))
-    command = [sys.executable, "-m", "fractalnet", "train", str(folder / f"{name}.yaml"), "--out", str(folder / name)]
+    return ["train", str(folder / f"{name}.yaml"), "--out", str(folder / name)]
+
+
+def start(folder, name, *options, **changes):
+    command = [sys.executable, "-m", "fractalnet", *training(folder, name, **changes)]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "LOCAL_", "NODE_", "WORLD_"))}
     env |= {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -72,7 +78,7 @@ def test_two_ranks_are_one(tmp_path, granularity, strategy):
         changes["optimizer"] = sgd | {"init_args": sgd["init_args"] | {"fused": True}}
     elif granularity == "batch":
         changes["ema"] = 0.9
-    finish(start(tmp_path, "one", **changes))
+    assert main(training(tmp_path, "one", **changes)) == 0  # here, where PyTorch is imported
     finish(start(tmp_path, "two", "--devices", "2", "--strategy", strategy, **changes))
     (one, first), (two, second) = state_of(tmp_path / "one"), state_of(tmp_path / "two")
     assert one.keys() == two.keys()
