@@ -137,6 +137,10 @@ def sanitized(tmp_path_factory):
     return cuda_code.host_library(tmp_path_factory.mktemp("sanitized"), flags)
 
 
+# Of several workers, which share the cores, each has one: a second would only import PyTorch once more.
+SHARDS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
+
 def execute(library: Path, select: str, shards: int = 1, **environment: str) -> str:
     """The operators' tests on the kernels of this library, in processes of their own."""
     env = {**os.environ, "FRACTAL_SIMT": str(library), "OMP_NUM_THREADS": "1", **environment}
@@ -163,7 +167,7 @@ def test_every_flag_executed(library):
     """Against the oracle; in every dtype and shape, all instances: the next test."""
     more = "running_statistics or pools_of_odd_sizes or dropped_branches or strides_of_2_31 or far_from_zero or windows"
     more += " or equals_the_oracle or shortcut"
-    execute(library, f"all_flags or plain_flags or number_of_branches or test_edges or {more}", shards=2)
+    execute(library, f"all_flags or plain_flags or number_of_branches or test_edges or {more}", shards=SHARDS)
 
 
 @needs_compiler
@@ -178,7 +182,7 @@ def test_several_hundred_blocks(library):
 def test_every_kernel_executed(library, tmp_path):
     """Every flag, layout and dtype against the oracle; every instance of every kernel has run."""
     ran = tmp_path / "kernels.txt"
-    execute(library, "", shards=2, FRACTAL_SIMT_KERNELS=str(ran))
+    execute(library, "", shards=SHARDS, FRACTAL_SIMT_KERNELS=str(ran))
     seen, there = set(ran.read_text().split()), cuda_code.kernels_of(library)
     assert len(there) > 100
     assert not there - seen, cuda_code.demangled(there - seen)
@@ -226,7 +230,7 @@ def test_sanitizers(sanitized):
     preload = run.stdout.strip()
     assert Path(preload).is_absolute(), preload
     options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python's own leaks are none of the kernels'
-    execute(sanitized, EDGES, shards=2, LD_PRELOAD=preload, ASAN_OPTIONS=options)
+    execute(sanitized, EDGES, shards=SHARDS, LD_PRELOAD=preload, ASAN_OPTIONS=options)
 
 
 # --- machine code --------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ TESTS = " or ".join(
         "nothing_is_written_beside", "equals_the_oracle", "dropped_of_a_shortcut", "infinite_shortcut",
     )
 )  # fmt: skip
-PROCESSES = 2
+# Of several workers, which share the cores, each has one: a second would only import PyTorch once more.
+PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def interpreted(*command: str) -> subprocess.Popen[str]:
