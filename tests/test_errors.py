@@ -84,6 +84,7 @@ BN_RELU_JOIN = [
     (lambda: join([torch.ones(2, 3, 4)], pool="before"), ValueError, ["pool", "[N, C, H, W]", "got [2, 3, 4]"]),
     (lambda: join([torch.ones(2, 3, 1, 4)], pool="after"), ValueError, ["pool", "H, W >= 2", "got [2, 3, 1, 4]"]),
     (lambda: join(normalised="no"), TypeError, ["normalised", "list of bools or None", "got str"]),
+    (lambda: join(normalised=[False, False], momentum="a"), TypeError, ["momentum", "got str"]),
     (lambda: join(normalised=[True]), ValueError, ["normalised", "one entry per input (2)", "got 1"]),
     (lambda: join(normalised=[True, 0]), TypeError, ["normalised[1]", "bool", "got int"]),
     (
