@@ -58,10 +58,17 @@ FRACTAL_HD Vec<float> load(const bf16* p) {
 
 FRACTAL_HD void store(bf16* p, Vec<float> v) {  // round to nearest even; NaN stays NaN
   U32 u = load_bits<U32>(&v);
+#if FRACTAL_VEC_BYTES == 32  // of 16 registers few are left for constants, and GCC's conversion takes two more
+  const Vec<float> quiet = v + v;
+  u = (v == v) ? u + 0x7fffu + (u << 15 >> 31) : load_bits<U32>(&quiet);
+  const __m256i h = (__m256i)(u >> 16);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#else
   const U32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
   u = (v == v) ? rounded : (u | 0x400000u);
   const U16 h = __builtin_convertvector(u >> 16, U16);
   __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 
 #if FRACTAL_VEC_BYTES == 64
