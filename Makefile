@@ -62,7 +62,7 @@ torture: $(STAMP)
 aot: $(STAMP)
 	FRACTAL_AOT=all $(PY) -m pytest -q tests/test_triton.py tests/test_tiles.py -k machine_code $(ARGS)
 
-# The whole operator suite on the Triton kernels, interpreted on the CPU: half an hour, 20 minutes with ARGS="-n 2";
+# The whole operator suite on the Triton kernels, interpreted on the CPU: half an hour, a quarter with ARGS="-n 2";
 # `make test` has the better part.
 interpret: $(STAMP)
 	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_edges.py tests/test_shortcut.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)

@@ -92,13 +92,12 @@ def per_channel(op: str, name: str, values: object, ys: list[Tensor]) -> list[Te
     return out
 
 
-def plain(op: str, normalised: object, params: dict[str, list[Tensor | None]]) -> tuple[int, ...]:
-    """The branches that are not normalised, which have none of the parameters."""
+def plain(op: str, normalised: object, k: int, **params: list[Tensor | None]) -> tuple[int, ...]:
+    """Of k branches those that are not normalised, which have none of the parameters."""
     if normalised is None:
         return ()
     if isinstance(normalised, str) or not isinstance(normalised, Sequence):
         raise TypeError(f"{op}: expected normalised to be a list of bools or None, got {type(normalised).__name__}")
-    k = len(next(iter(params.values())))
     if len(normalised) != k:
         raise ValueError(f"{op}: expected normalised to have one entry per input ({k}), got {len(normalised)}")
     for i, value in enumerate(normalised):

@@ -109,8 +109,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     method of the model too, has had both. Under ``torch.compile`` a ReLU that no trace saw do anything else does
     nothing: where batch norms were replaced since, call ``fuse`` again before it.
 
-    3x3 convolutions at stride 1 run as in :func:`conv_bn_relu`, whatever follows them (their class is another then): on
-    the CPU they are faster if the model and its input are in channels_last.
+    Plain 3x3 convolutions (stride and padding 1, no bias, no groups) run as in :func:`conv_bn_relu`, whatever follows
+    them (their class is another then): on the CPU they are faster if the model and its input are in channels_last.
 
     Args:
         model: any module.

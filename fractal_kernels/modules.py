@@ -258,7 +258,7 @@ class BNReLUJoin(nn.Module):
         if not isinstance(num_branches, int) or not 1 <= num_branches <= MAX_BRANCHES:
             raise ValueError(f"BNReLUJoin: expected num_branches from 1 to {MAX_BRANCHES}, got {num_branches!r}")
         checks.join_options("BNReLUJoin", reduction, activation, pool, stats)
-        plain = checks.plain("BNReLUJoin", normalised, {"inputs": [None] * num_branches})
+        plain = checks.plain("BNReLUJoin", normalised, num_branches)
         if len(plain) == num_branches:
             raise ValueError(f"BNReLUJoin: expected a branch that is normalised, got {list(normalised or ())}")
         self.bns = nn.ModuleList(

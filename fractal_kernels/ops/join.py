@@ -355,7 +355,7 @@ def bn_relu_join(
     ws, bs = checks.per_channel(op, "weights", weights, ys), checks.per_channel(op, "biases", biases, ys)
     rms = checks.per_channel(op, "running_means", running_means, ys)
     rvs = checks.per_channel(op, "running_vars", running_vars, ys)
-    plain = checks.plain(op, normalised, {"weights": ws, "biases": bs, "running_means": rms, "running_vars": rvs})
+    plain = checks.plain(op, normalised, len(ys), weights=ws, biases=bs, running_means=rms, running_vars=rvs)
     if len({t is None for of_all in (rms, rvs) for i, t in enumerate(of_all) if i not in plain}) > 1:
         raise ValueError(f"{op}: expected running_means and running_vars for all branches or for none, got a mixture")
     mask = checks.mask(op, mask, ys)
