@@ -102,11 +102,15 @@ class _Block(torch.autograd.Function):
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
             ctx.save_for_backward(x, path, conv_bias, gamma, beta, *stats, count, *weights, *saved)
         ctx.mark_non_differentiable(count, batch_mean, batch_var)
+        if not torch.compiler.is_compiling():  # which does not know it, and fills no zeros that nobody reads
+            ctx.set_materialize_grads(False)
         return out, count, batch_mean, batch_var
 
     @staticmethod
     @twice_differentiable(_gradients)
-    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[15:]]

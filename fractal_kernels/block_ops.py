@@ -72,10 +72,13 @@ def _block_forward(
     our_convs = conv_bias is None and cpu_conv.computes(x.dtype, channels, backend)
     rows = Rows(weights, channels, path, dense, flags, x, group if training else "", our_convs)
     dtype = accumulate_dtype(x.dtype)
-    count = x.new_zeros(units, dtype=dtype)
+    count = x.new_empty(units, dtype=dtype)
+    made = [count]
     if training:
-        mean, var = x.new_zeros((units, channels), dtype=dtype), x.new_zeros((units, channels), dtype=dtype)
+        mean, var = x.new_empty((units, channels), dtype=dtype), x.new_empty((units, channels), dtype=dtype)
+        made += [mean, var]
     assert mean is not None and var is not None
+    torch._foreach_zero_(made)  # on a GPU one launch
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
@@ -182,6 +185,7 @@ def _block_backward(
     dweights: list[Tensor] = [x.new_empty(0) for _ in weights]  # each its own: outputs do not alias
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
     position, ds = len(order), [segment.part(grad) for segment in rows.segments]
+    zeros: list[Tensor] = []
     for row in range(rows.rows - 1, -1, -1):
         code, calls, layers = rows.join_flags(row), [], Layers()
         joined_here, outputs_here, dys_here = rows.joins(row), outputs[row], buffers.pop()
@@ -190,7 +194,7 @@ def _block_backward(
         needs_source, needs_weight = row > 0 or needs[0], needs[1 + row]
         if not joined_here and not outputs_here and not rows.group:
             if needs_weight:
-                dweights[row] = torch.zeros_like(weights[row])
+                dweights[row] = gather_weight(weights[row], dweights[row], [], rows, zeros)
             continue
         for i, segment, joined in joined_here:
             layer = layers.at(joined) if rows.several else 0
@@ -254,9 +258,11 @@ def _block_backward(
             if dweight is not None:
                 parts_of_weight.append((conv.group, dweight))
         if needs_weight:
-            dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows)
+            dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows, zeros)
         for i, total in totals.items():
             ds[i] = total
+    if zeros:
+        torch._foreach_zero_(zeros)
     zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
     dgamma, dbeta = (
         x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import sync
 from .library import POOL, Flags, empty
-from .schedule import Plan, Unit, everything, plan, runs, schedule
+from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule
 
 RANGES_PAY = 12_000_000  # measured: benchmarks/bench_depth.py
 
@@ -63,17 +63,11 @@ class Conv(NamedTuple):
 
 def live_samples(columns: int, keep: Tensor) -> Tensor:
     """``keep`` [R, C, N] without the branches that are kept in a join which does not live for the sample."""
-    units = schedule(columns).units
-    live = torch.zeros(keep.shape, dtype=torch.bool, device=keep.device)
-    reached: dict[int, Tensor] = {}  # by row: for which samples a unit that reads its join lives
-    for unit in sorted(units, key=lambda u: -u.end):
-        kept = live[unit.end, unit.column].copy_(keep[unit.end, unit.column])
-        if unit.end in reached:
-            kept &= reached[unit.end]
-        if unit.start > 0:
-            before = reached.get(unit.start - 1)
-            reached[unit.start - 1] = kept if before is None else before | kept
-    return live
+    kept = torch.zeros_like(keep)
+    s = schedule(columns)
+    for unit, samples in zip(s.units, live_units(s, keep), strict=True):
+        kept[unit.end, unit.column] = samples
+    return kept
 
 
 def alone(keep: Tensor) -> list[int]:
@@ -155,13 +149,11 @@ class Rows:
 
     def alive(self, path: Tensor, dense: bool) -> Sequence[int] | Tensor:
         """The units that live; of a dense execution bool [U]: its path may be on a device, unread by the host."""
-        units = self.schedule.units
         if self.per_sample:
-            return range(len(units))
+            return range(len(self.schedule.units))
         if not dense:
             return self.segments[0].plan.units
-        live = live_samples(self.columns, path.unsqueeze(2))
-        return torch.stack([live[unit.end, unit.column, 0] for unit in units]).to(self.device)
+        return torch.stack(live_units(self.schedule, path)).to(self.device)
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
@@ -239,13 +231,17 @@ class Rows:
         return masks[0] if len(masks) == 1 else torch.cat(masks, 1)
 
 
-def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: Rows) -> Tensor:
-    """The gradient of a row's wide weight; zeros, not None, where a unit does not live. ``full`` may hold parts."""
+def gather_weight(
+    weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: Rows, zeros: list[Tensor]
+) -> Tensor:
+    """The gradient of a row's wide weight. ``full`` may hold parts; adds to ``zeros`` what is still to be filled with
+    them: a unit that does not live has a gradient of zeros, not None."""
     if len(parts) == 1 and parts[0][1].shape == weight.shape and parts[0][1].stride() == weight.stride():
         return parts[0][1]
-    if not parts:
-        return torch.zeros_like(weight)
     full = full if full.numel() else torch.empty_like(weight)
+    if not parts:
+        zeros.append(full)
+        return full
     units = weight.shape[0] // rows.channels
     written = [False] * units
     for group, dweight in sorted(parts, key=lambda part: -len(part[0])):  # wide ones first: the others add to them
@@ -256,9 +252,7 @@ def gather_weight(weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ..
         elif dweight.data_ptr() != target.data_ptr():
             target.copy_(dweight)
         written[first : first + len(group)] = [True] * len(group)
-    for i in range(units):
-        if not written[i]:
-            full[i * rows.channels : (i + 1) * rows.channels].zero_()
+    zeros += [full.narrow(0, i * rows.channels, rows.channels) for i in range(units) if not written[i]]
     return full
 
 

@@ -9,7 +9,7 @@ Both are contiguous ranges that end with column C-1. Source: Larsson et al. 2016
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MAX_COLUMNS = 8
 
@@ -64,6 +64,29 @@ def schedule(columns: int) -> Schedule:
     return Schedule(columns, rows, tuple(units), tuple(starts), ends)
 
 
+def live_units(s: Schedule, keep: Any) -> list[Any]:
+    """Whether the block's output depends on a unit, for every unit in the schedule's order.
+
+    Args:
+        s: the block's rows.
+        keep: [R][C] bools, or a bool tensor [R, C] or [R, C, N], of which the host reads nothing: whether column c is
+            kept in the join of row r. What does not end at a row is ignored.
+    Example:
+        >>> live_units(schedule(2), [[True, True], [True, False]])  # the deeper column is kept where nobody reads it
+        [True, False, False]
+    """
+    found: list[Any] = [None] * len(s.units)
+    read: list[Any] = [None] * s.rows  # per row, whether a unit that reads its join lives
+    for row in range(s.rows - 1, -1, -1):
+        for unit in s.ends[row]:
+            kept = keep[row][unit.column]
+            found[unit.id] = kept = kept if row == s.rows - 1 else kept & read[row]
+            if unit.start > 0:
+                before = read[unit.start - 1]
+                read[unit.start - 1] = kept if before is None else before | kept
+    return found
+
+
 @lru_cache(maxsize=4096)
 def plan(columns: int, keep: tuple[bool, ...]) -> Plan:
     """The live set of a path.
@@ -81,21 +104,12 @@ def plan(columns: int, keep: tuple[bool, ...]) -> Plan:
     s = schedule(columns)
     if len(keep) != s.rows * columns:
         raise ValueError(f"plan: expected keep of {s.rows}*{columns} values, got {len(keep)}")
-    live: list[list[Unit]] = [[] for _ in range(s.rows)]
-    joins: list[tuple[Unit, ...]] = [()] * s.rows
-    reached = [False] * (s.rows - 1) + [True]
+    lives = live_units(s, [keep[at : at + columns] for at in range(0, len(keep), columns)])
+    starts, joins = (tuple(tuple(u for u in row if lives[u.id]) for row in rows) for rows in (s.starts, s.ends))
     for row in range(s.rows - 1, -1, -1):
-        if not reached[row]:
-            continue
-        joins[row] = tuple(u for u in s.ends[row] if keep[row * columns + u.column])
-        if not joins[row]:
+        if not joins[row] and (row == s.rows - 1 or starts[row + 1]):
             raise ValueError(f"fractal_block: expected the path to keep a branch of the join of row {row}, got none")
-        for unit in joins[row]:
-            live[unit.start].append(unit)
-            if unit.start > 0:
-                reached[unit.start - 1] = True
-    ordered = tuple(tuple(sorted(row)) for row in live)
-    return Plan(ordered, tuple(joins), tuple(u.id for row in ordered for u in row))
+    return Plan(starts, joins, tuple(u.id for row in starts for u in row))
 
 
 @cache

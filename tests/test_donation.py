@@ -11,7 +11,7 @@ from fractalnet.drop_path import full_path, sample_path
 from torch._dynamo import compiled_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
-from fractal_kernels import backends, block_ops, block_rows, use_backend
+from fractal_kernels import backends, block_ops, block_rows, fractal_block, use_backend
 
 LAUNCHES = ("channel_stats", "join_forward", "join_backward_reduce", "join_backward_apply")
 SETTINGS = [
@@ -160,3 +160,24 @@ def test_a_traced_backward_donates_nothing(in_place):
     with FlopCounterMode(display=False):
         loss.backward()
     assert in_place and not any(in_place)
+
+
+def test_an_output_without_a_gradient():
+    """Where what reads the block has none to give, the block has none either."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.set_materialize_grads(False)
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    w = [torch.randn(8, 3, 3, 3, requires_grad=True), torch.randn(4, 4, 3, 3, requires_grad=True)]
+    out = fractal_block(torch.randn(2, 3, 8, 8), w, None, None, torch.ones(2, 2, dtype=torch.bool)).out
+    for again in (False, True):
+        loss = Nothing.apply(out).sum() + w[0].sum()
+        first, second = torch.autograd.grad(loss, w, create_graph=again, retain_graph=True, allow_unused=True)
+        assert first.eq(1).all() and second is None

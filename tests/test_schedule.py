@@ -4,8 +4,9 @@ import itertools
 import random
 
 import pytest
+import torch
 
-from fractal_kernels.schedule import everything, plan, runs, schedule
+from fractal_kernels.schedule import everything, live_units, plan, runs, schedule
 
 
 def expand(level: int, columns: int, row: int, source: int):
@@ -68,6 +69,17 @@ def test_live_set_random(columns):
         keep = tuple(rng.random() < 0.8 or c == columns - 1 for _ in range(rows) for c in range(columns))
         p = plan(columns, keep)
         assert {(units[i].column, units[i].step) for i in p.units} == needed(columns, convs, keep)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 5])
+def test_live_units_of_samples(columns):
+    """Of tensors, one path per sample; joins that keep nothing are allowed there."""
+    s, convs = schedule(columns), expand(columns, columns, 0, -1)
+    keep = torch.rand(s.rows, columns, 40, generator=torch.Generator().manual_seed(columns)) < 0.7
+    live = torch.stack(live_units(s, keep))
+    for n in range(40):
+        expected = needed(columns, convs, keep[..., n].flatten().tolist())
+        assert {(u.column, u.step) for u in s.units if live[u.id, n]} == expected
 
 
 def test_live_work_of_the_mixture():

@@ -38,7 +38,7 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
         def wrapper(ctx: Any, *grads: Any) -> Any:
             if torch.compiler.is_compiling():
                 return once(ctx, *grads)
-            if not torch.is_grad_enabled() and not _is_batched(grads[0]):
+            if grads[0] is None or not (torch.is_grad_enabled() or _is_batched(grads[0])):
                 return backward(ctx, *grads)
             with torch.enable_grad(), checks.without_autocast(grads[0]):
                 found = again(ctx, *grads)

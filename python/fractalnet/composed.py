@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import backends, bn_relu_join, compiling, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
-from fractal_kernels.schedule import Unit, plan
+from fractal_kernels.schedule import Unit, live_units, plan
 
 from .fused import ACTIVATIONS, Block, UnitViews, as_conv
 from .layers import init_conv
@@ -31,7 +31,27 @@ class _WithZeros(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
+        zeros = [torch.empty_like(t) for t in ctx.saved_tensors]
+        torch._foreach_zero_(zeros)  # on a GPU one launch
+        return grad, *zeros
+
+
+class _Split(torch.autograd.Function):
+    """``Tensor.split``, whose backward fills one tensor of zeros for all parts that nothing read, not one for each."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        return vector.split(sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        like = next((g for g in grads if g is not None), None)
+        if like is None:
+            return None, None
+        zeros = like.new_zeros(max(ctx.sizes))
+        return torch.cat([zeros[:n] if g is None else g for g, n in zip(grads, ctx.sizes, strict=True)]), None
 
 
 class ComposedBlock(Block):
@@ -152,11 +172,11 @@ class ComposedBlock(Block):
         return run(x, keep, alone, dense)
 
     def _run(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool) -> Tensor:
-        live: dict[int, Tensor] | None = None
+        live: list[Tensor] | None = None
         indices: dict[int, Tensor] = {}
         if keep.dim() == 3:
-            live = self._live_samples(keep.cpu())
-            runs = {i for i, samples in live.items() if bool(samples.any()) or not len(samples)}
+            live = live_units(self.schedule, keep.cpu())
+            runs = {i for i, samples in enumerate(live) if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
             indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
         elif dense:
@@ -166,7 +186,9 @@ class ComposedBlock(Block):
             runs, joins = set(chosen.units), chosen.joins
         held = self.running_mean[0], self.running_var[0]
         taken = [torch.zeros_like(t) for t in held] if self.training else self.statistics(alone)
-        split = [None if v is None else v.split(self.sizes) for v in (self.gamma, self.beta, self.conv_bias, *taken)]
+        parts = Tensor.split if len(runs) == len(self.sizes) else _Split.apply
+        split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
+        split += [v.split(self.sizes) for v in taken]
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
@@ -189,7 +211,7 @@ class ComposedBlock(Block):
         if self.training:
             with torch.no_grad():
                 if keep.dim() == 2 and dense:
-                    live = self._live_samples(keep.unsqueeze(2))
+                    live = live_units(self.schedule, keep.unsqueeze(2))
                 count = self._count(x, runs, live)
                 if self.sync_group is not None:
                     group = sync.name_of("FractalNet", self.sync_group)
@@ -223,27 +245,14 @@ class ComposedBlock(Block):
                 f"ComposedBlock: expected keep bool of shape {list(shape)}, got {keep.dtype} {list(keep.shape)}"
             )
 
-    def _live_samples(self, keep: Tensor) -> dict[int, Tensor]:
-        """Per unit, bool [N]: the samples whose result depends on it, from the last join backwards."""
-        reached = torch.zeros(self.schedule.rows, keep.shape[2], dtype=torch.bool, device=keep.device)
-        reached[-1] = True
-        live: dict[int, Tensor] = {}
-        for row in range(self.schedule.rows - 1, -1, -1):
-            for unit in self.schedule.ends[row]:
-                live[unit.id] = reached[row] & keep[row, unit.column]
-                if unit.start > 0:
-                    reached[unit.start - 1] |= live[unit.id]
-        return live
-
-    def _count(self, x: Tensor, runs: set[int], live: dict[int, Tensor] | None) -> Tensor:
+    def _count(self, x: Tensor, runs: set[int], live: list[Tensor] | None) -> Tensor:
         """Values per unit [U], of the samples for which it is live; ``live`` None: of one sample, if it runs."""
         pixels = x.shape[2] * x.shape[3]
         if live is not None:
-            return torch.stack([live[u.id].sum() for u in self.schedule.units]).to(x.device) * pixels
-        count = torch.zeros(len(self.sizes), dtype=torch.int64, device=x.device)
-        for i in runs:
-            count[i].fill_(pixels)  # not from a list of the host's: a CUDA graph cannot copy from there
-        return count
+            return torch.stack(live).sum(1).to(x.device) * pixels
+        one = torch.full((1,), pixels, device=x.device)  # no list of the host's: a CUDA graph cannot copy from there
+        zero = torch.zeros_like(one)
+        return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 
     def _branch(self, x: Tensor, unit: UnitViews, samples: Tensor | None, pooled: bool) -> Tensor:
         """One unit up to its join, on some of the samples (None: all); the others are zeros."""

@@ -97,7 +97,8 @@ class Block(nn.Module):
     def track(self, count: Tensor, mean: Tensor, var: Tensor, alone: Tensor) -> None:
         """Moves the running statistics of the units that ran, in the set of this step; the host reads no device.
 
-        ``count`` [U]: values per unit. ``mean``, unbiased ``var``: of this batch, in the shape of a set.
+        ``count`` [U]: values per unit. ``mean``, unbiased ``var``: of this batch, in the shape of a set; of a unit that
+        did not run, anything.
         """
         buffers, ran = [self.num_batches_tracked, self.running_mean, self.running_var], (count > 1).unsqueeze(0)
         sets = self.running_mean.shape[0]
@@ -106,14 +107,13 @@ class Block(nn.Module):
         else:
             buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
         tracked, *running = buffers
-        ran = ran.to(tracked.dtype)
         tracked.add_(ran)
-        weight = ran * self.momentum if self.momentum is not None else ran / tracked.clamp(min=1)
-        weight = self.per_channel(weight.to(mean.dtype))
-        moved = weight > 0
+        weight = ran.to(mean.dtype)
+        weight = weight * self.momentum if self.momentum is not None else weight / tracked.clamp(min=1)
+        ran, weight = self.per_channel(ran), self.per_channel(weight)
         for statistics, batch in zip(running, (mean, var), strict=True):
             # Not lerp alone: what is not finite in this batch would reach what did not run at a weight of 0.
-            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
+            statistics.lerp_(torch.where(ran, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
 
     def _borrows(self, own: Tensor) -> Tensor:
         """[1, U]: the units that never ran in the steps of set ``own`` [1] and did in the other's."""
@@ -274,6 +274,6 @@ class FractalBlock(Block):
         )
         if self.training:
             with torch.no_grad():
-                count = result.counts
-                self.track(count, result.mean, result.var * (count / (count - 1).clamp(min=1)).unsqueeze(1), alone)
+                unbiased = torch.addcdiv(result.var, result.var, (result.counts - 1).unsqueeze(1))
+                self.track(result.counts, result.mean, unbiased, alone)
         return self.finish(result.out)
