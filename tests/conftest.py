@@ -170,6 +170,15 @@ def cpu_backend() -> str:
 
 
 @pytest.fixture
+def cpu_conv_here(cpu_backend) -> None:
+    """The convolution of our own, for which a processor needs AVX2."""
+    from fractal_kernels import _C
+
+    if _C.simd_in_use() == "baseline":
+        pytest.skip("this processor has neither AVX2 nor AVX-512")
+
+
+@pytest.fixture
 def refused(capsys):
     """Runs the command line, which must refuse the call with status 2 and one line that has these words in it."""
     from fractalnet.__main__ import main

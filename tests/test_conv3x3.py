@@ -46,14 +46,6 @@ SHAPES = [
 TINY = [(16, 512, 32, 2, 2), (1, 600, 7, 2, 2), (5, 512, 512, 2, 2)]
 
 
-@pytest.fixture
-def cpu_conv_here(cpu_backend):
-    from fractal_kernels import _C
-
-    if _C.simd_in_use() == "baseline":
-        pytest.skip("this processor has neither AVX2 nor AVX-512")
-
-
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(shape).to(memory_format=torch.channels_last)
 
@@ -202,7 +194,7 @@ def test_the_gradient_of_few_channels_is_refused(cpu_conv_here):
 
 
 @pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((512, 512), 4)])
-def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_backend):
+def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_conv_here):
     torch.manual_seed(0)
     net = fractalnet.FractalNet(5, 3, widths, image_size=size)
     x, generator = torch.randn(6, 3, size, size), torch.Generator().manual_seed(0)

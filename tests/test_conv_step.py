@@ -8,7 +8,6 @@ import fractalnet
 import pytest
 import torch
 import torch.nn.functional as F
-from test_conv3x3 import cpu_conv_here  # noqa: F401  a fixture
 from torch import Tensor, nn
 
 import fractal_kernels as fk

@@ -85,7 +85,7 @@ def test_frozen_weights_cost_nothing(monkeypatch):
     assert every - some == pixel * (8 * 3 + 4 * 4)
 
 
-def test_frozen_weights_cost_nothing_in_our_convolution(monkeypatch):
+def test_frozen_weights_cost_nothing_in_our_convolution(monkeypatch, cpu_conv_here):
     net = fractalnet.FractalNet(5, 2, (16,), image_size=8)
     ran, weight = [], fk.cpu_conv._OPS.conv3x3_weight
     counting = SimpleNamespace(default=lambda *a: (ran.append(len(a[0])), weight.default(*a))[1])

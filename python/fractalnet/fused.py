@@ -110,10 +110,11 @@ class Block(nn.Module):
         tracked.add_(ran)
         weight = ran.to(mean.dtype)
         weight = weight * self.momentum if self.momentum is not None else weight / tracked.clamp(min=1)
-        ran, weight = self.per_channel(ran), self.per_channel(weight)
+        weight = self.per_channel(weight)
+        moved = weight > 0
         for statistics, batch in zip(running, (mean, var), strict=True):
             # Not lerp alone: what is not finite in this batch would reach what did not run at a weight of 0.
-            statistics.lerp_(torch.where(ran, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
+            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
 
     def _borrows(self, own: Tensor) -> Tensor:
         """[1, U]: the units that never ran in the steps of set ``own`` [1] and did in the other's."""
