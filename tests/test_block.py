@@ -209,6 +209,9 @@ def test_a_batch_that_is_not_finite_stays_out_of_the_other_statistics():
     net(x, path=full_path(2, 2))
     running = net.blocks[0].running_mean
     assert not bool(running[0].isfinite().all()) and bool(running[1].isfinite().all())
+    still = fractalnet.FractalNet(5, 2, (4,), image_size=8, momentum=0.0).double()
+    still(x, path=full_path(1, 2))
+    assert all(bool(buffer.isfinite().all()) for buffer in still.buffers())
 
 
 def test_small_batches_stay_whole(monkeypatch):

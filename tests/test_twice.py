@@ -8,6 +8,8 @@ import copy
 import fractalnet
 import pytest
 import torch
+from fractalnet.composed import ComposedBlock
+from fractalnet.drop_path import column_path
 from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 
@@ -274,3 +276,24 @@ def test_many_gradients_of_dropout_are_refused():
     out = fk.fractal_block(x, weights, None, None, torch.ones(2, 2, dtype=torch.bool), dropout=0.5).out
     with pytest.raises(RuntimeError, match="expected one gradient at a time of dropout"):
         torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_column_of_a_composed_block(batched):
+    """What does not run has gradients of zeros, as where everything runs and is masked."""
+    torch.manual_seed(0)
+    block = ComposedBlock(2, (4, 2), kernel_mix=0.5, pool=None, conv_bias=True)
+    block.init_weights("he")
+    block.double()
+    path, x = column_path(1, 2, 1), double(3, 2, 4, 5)
+    by, found = [x, *block.parameters()], []
+    for dense in (False, True):
+        out = block(x, path.keep[0], path.alone, dense)
+        if batched:
+            grads = torch.randn(3, *out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            found.append(torch.autograd.grad(out, by, grads, is_grads_batched=True))
+        else:
+            grads = torch.autograd.grad(out.square().sum(), by, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), by, materialize_grads=True))
+    for skipping, masked in zip(*found, strict=True):
+        torch.testing.assert_close(skipping.expand_as(masked), masked)
