@@ -302,7 +302,7 @@ def bounds(dtype: torch.dtype, expected: Tensor) -> Tensor:
 
 def undecided(case: Case, data: Data, actual: Result, expected: Result) -> list[Tensor]:
     """Of each gradient, twice what a rounding of the inputs to float32 changes: beside a ReLU's zero, or where two are
-    the largest of a window by turns. A few in a million are."""
+    the largest of a window by turns. A few in a million are, and by their sums they move what shares their channel."""
     found = [torch.zeros_like(e) for e in expected.grads]
     for seed in range(8):
         nudged = data.copy(torch.float64)
@@ -313,8 +313,9 @@ def undecided(case: Case, data: Data, actual: Result, expected: Result) -> list[
             torch.maximum(slack, 2 * (n - e).abs(), out=slack)
     for slack, a, e in zip(found, actual.grads, expected.grads, strict=True):
         slack[slack <= 2 * bounds(a.dtype, e)] = 0
-    for slack in found[: case.k]:
-        assert slack.count_nonzero() <= 2 + 1e-4 * slack.numel(), "expected few gradients of inputs to be undecided"
+    for slack, a, e in list(zip(found, actual.grads, expected.grads, strict=True))[: case.k]:
+        few = 2 + 1e-4 * slack.numel()
+        assert (slack > 20 * bounds(a.dtype, e)).sum() <= few, "expected few gradients of inputs to be undecided"
     return found
 
 
