@@ -359,19 +359,19 @@ def test_compiled_block_takes_paths_as_data():
             torch.testing.assert_close(a, b)
 
 
-def test_opcheck():
+def test_opcheck(cpu_backend):
     s = (torch.randn(4, 3, 3, 3), torch.randn(2, 2, 3, 3))
     x, vector = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.rand(3, 2) + 0.5
     weights = [w.to(memory_format=torch.channels_last) for w in s]
     path = full_path(1, 2).keep[0]
     forward = torch.ops.fractal_kernels.block_forward
     options = (False, 0.0, 1e-5, 10)
-    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, "cpu", "")
+    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, cpu_backend, "")
     torch.library.opcheck(forward, arguments)
     out, count, mean, var, *saved = forward(*arguments)
     backward = torch.ops.fractal_kernels.block_backward
     for needs in ([True, True, True], [False, True, False], [False, False, False]):
-        tail = (False, True, needs, *options, True, "cpu", "")
+        tail = (False, True, needs, *options, True, cpu_backend, "")
         torch.library.opcheck(
             backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
         )

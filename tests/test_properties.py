@@ -54,6 +54,7 @@ def test_equals_the_oracle(name, case, shape, names, grad, seed):
 
 @given(case=cases(plain=True), shape=shapes(), names=layouts, dtype=dtypes, seed=seeds)
 def test_forward_equals_the_oracle_in_every_dtype(name, case, shape, names, dtype, seed):
+    need_backend(name)
     data = draw(case, dtype, shape, names, seed)
     result, expected = run(case, data, name), expect(case, data)
     assert_close(result.out, expected.out, "output")
@@ -63,6 +64,7 @@ def test_forward_equals_the_oracle_in_every_dtype(name, case, shape, names, dtyp
 
 @given(case=cases(normalise=True, plain=True), shape=shapes(), seed=seeds)
 def test_layout_changes_no_result(name, case, shape, seed):
+    need_backend(name)
     data = draw(case, torch.float64, shape, ["channels_last"], seed)
     first = run(case, data, name)
     other = draw(case, torch.float64, shape, ["contiguous", "channel_slice"], seed)
@@ -72,6 +74,7 @@ def test_layout_changes_no_result(name, case, shape, seed):
 
 @given(case=cases(), shape=shapes(), seed=seeds, order=st.randoms(use_true_random=False))
 def test_branches_can_be_permuted_with_their_masks(name, case, shape, seed, order):
+    need_backend(name)
     data = draw(case, torch.float64, shape, ["channels_last"], seed)
     index = list(range(case.k))
     order.shuffle(index)
@@ -90,6 +93,7 @@ def test_branches_can_be_permuted_with_their_masks(name, case, shape, seed, orde
 
 @given(k=st.integers(1, 8), shape=shapes(), layout=st.sampled_from(sorted(LAYOUTS)), seed=seeds, p=st.floats(0, 1))
 def test_mean_of_equal_branches_is_the_branch(name, k, shape, layout, seed, p):
+    need_backend(name)
     generator = torch.Generator().manual_seed(seed)
     y = LAYOUTS[layout](torch.randn(shape, generator=generator, dtype=torch.float64))
     mask = drop_path_mask(k, p, shape[0], generator=generator)
@@ -99,6 +103,7 @@ def test_mean_of_equal_branches_is_the_branch(name, k, shape, layout, seed, p):
 
 @given(case=cases(plain=True), shape=shapes(), seed=seeds)
 def test_mask_of_ones_is_no_mask(name, case, shape, seed):
+    need_backend(name)
     data = draw(case, torch.float64, shape, ["channels_last"], seed)
     data.mask = None
     plain = run(case, data, name)
@@ -111,6 +116,7 @@ def test_mask_of_ones_is_no_mask(name, case, shape, seed):
 @given(case=cases(), shape=shapes(), seed=seeds)
 def test_batch_mask_is_the_join_of_what_is_left(name, case, shape, seed):
     """A [k] mask gives the bits of the join of the live branches alone, in the output and in their gradients."""
+    need_backend(name)
     data = draw(Case(**{**vars(case), "mask": "batch"}), torch.float32, shape, ["channels_last"], seed)
     full = run(case, data, name)
     live = data.mask.nonzero().flatten().tolist()
@@ -128,6 +134,7 @@ def test_batch_mask_is_the_join_of_what_is_left(name, case, shape, seed):
 
 @given(case=cases(normalise=True), shape=shapes(), seed=seeds)
 def test_sample_mask_in_evaluation_is_a_batch_mask_per_sample(name, case, shape, seed):
+    need_backend(name)
     case = Case(**{**vars(case), "mask": "sample", "training": False, "tracked": True})
     data = draw(case, torch.float64, shape, ["channels_last"], seed)
     args = (data.weights, data.biases, data.running_means, data.running_vars)
@@ -139,6 +146,7 @@ def test_sample_mask_in_evaluation_is_a_batch_mask_per_sample(name, case, shape,
 
 @given(case=cases(), shape=shapes(), names=layouts, dtype=dtypes, seed=seeds)
 def test_repeats_give_the_same_bits(name, case, shape, names, dtype, seed):
+    need_backend(name)
     data = draw(case, dtype, shape, names, seed)
     assert_same_bits(run(case, data, name), run(case, data, name))
 

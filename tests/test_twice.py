@@ -89,7 +89,7 @@ def test_second_derivative_of_a_mean(pool, mask):
     assert not grad.requires_grad
 
 
-def test_second_derivatives_of_convolutions():
+def test_second_derivatives_of_convolutions(cpu_backend):
     torch.manual_seed(0)
     x, ours, thin = double(2, 16, 3, 4), double(16, 16, 3, 3), double(3, 16, 1, 1)
 
@@ -98,7 +98,7 @@ def test_second_derivatives_of_convolutions():
         return fk.conv_bn_relu(x, w, None, None, None, None, True)
 
     assert gradgradcheck(step, [x, ours], fast_mode=True)
-    assert gradgradcheck(lambda x, w: conv2d_1x1_pooled(x, w, "cpu").square(), [x, thin], fast_mode=True)
+    assert gradgradcheck(lambda x, w: conv2d_1x1_pooled(x, w, cpu_backend).square(), [x, thin], fast_mode=True)
 
 
 PATH = torch.tensor([[[0, 1]], [[1, 1]]], dtype=torch.bool).squeeze(1)
