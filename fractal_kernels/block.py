@@ -102,7 +102,7 @@ class _Block(torch.autograd.Function):
             stats = (batch_mean, batch_var) if mean is None else (mean, var)
             ctx.save_for_backward(x, path, conv_bias, gamma, beta, *stats, count, *weights, *saved)
         ctx.mark_non_differentiable(count, batch_mean, batch_var)
-        if not torch.compiler.is_compiling():  # which does not know it, and fills no zeros that nobody reads
+        if not torch.compiler.is_compiling():  # a compiler does not know it, and fills no zeros that nobody reads
             ctx.set_materialize_grads(False)
         return out, count, batch_mean, batch_var
 
