@@ -14,6 +14,7 @@ from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
 from .ops.exported import foreign_tool
 from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
+from .ops.weights import wide_weights
 from .schedule import schedule
 
 __all__ = ["BlockOutput", "fractal_block"]
@@ -281,6 +282,6 @@ def fractal_block(
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised,
-        *(w.to(x.dtype).contiguous(memory_format=torch.channels_last) for w in weights),
+        *wide_weights([[w] for w in weights], x.dtype),
     )  # fmt: skip
     return BlockOutput(*result)

@@ -263,7 +263,8 @@ def _block_backward(
             ds[i] = total
     if zeros:
         torch._foreach_zero_(zeros)
-    zero, where = mean.new_zeros(channels), {unit: i for i, unit in enumerate(order)}
+    where = {unit: i for i, unit in enumerate(order)}
+    zero = mean.new_zeros(channels if len(where) < units else 0)
     dgamma, dbeta = (
         x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])
         for p, s in ((gamma, own[1].unbind()), (beta, own[0].unbind()))

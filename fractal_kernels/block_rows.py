@@ -321,7 +321,7 @@ class Statistics:
         """The number of values of the units that live for the batch, where that is all there is to it; of no other."""
         count, counted = self.layers[0][2], self.rows.counted
         if isinstance(alive, Tensor):
-            count.copy_((count if counted else values) * alive)
+            torch.mul(alive, count if counted else values, out=count)
             return
         dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
         for first, last in _ranges(dead if counted else alive):

@@ -17,7 +17,7 @@ from torch.autograd import function
 
 from .. import checks
 
-__all__ = ["gradients", "inputs_of", "twice_differentiable"]
+__all__ = ["gradients", "inputs_of", "is_batched", "twice_differentiable"]
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -38,12 +38,12 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
         def wrapper(ctx: Any, *grads: Any) -> Any:
             if torch.compiler.is_compiling():
                 return once(ctx, *grads)
-            if grads[0] is None or not (torch.is_grad_enabled() or _is_batched(grads[0])):
+            if grads[0] is None or not (torch.is_grad_enabled() or is_batched(grads[0])):
                 return backward(ctx, *grads)
             with torch.enable_grad(), checks.without_autocast(grads[0]):
                 found = again(ctx, *grads)
             if found is None:
-                if _is_batched(grads[0]):
+                if is_batched(grads[0]):
                     raise RuntimeError(
                         "expected one gradient at a time of dropout inside a fused block and of synchronised batch "
                         "norm, got many at once (is_grads_batched, vmap)"
@@ -59,7 +59,7 @@ def twice_differentiable(again: Callable[..., Gradients | None]) -> Callable[[Ca
     return decorate
 
 
-def _is_batched(grad: Any) -> bool:
+def is_batched(grad: Any) -> bool:
     """Whether it is many gradients as one (``is_grads_batched=True``, vmap), which our operators do not take."""
     functorch = torch._C._functorch
     return isinstance(grad, Tensor) and (functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad))

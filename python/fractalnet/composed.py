@@ -11,14 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fractal_kernels import backends, bn_relu_join, compiling, masked_mean_join, recomputed, sync
+from fractal_kernels import backends, bn_relu_join, checks, compiling, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
+from fractal_kernels.ops.weights import wide_weights
 from fractal_kernels.schedule import Unit, live_units, plan
 
 from .fused import ACTIVATIONS, Block, UnitViews, as_conv
 from .layers import init_conv
 
 __all__ = ["ComposedBlock"]
+
+
+def _are_wide(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether convolutions that read the same run as one: on a GPU, where each is a launch, and where their weights are
+    copied anyway (autocast), since a wide copy is kept for backward. A CPU's are no faster for it in bfloat16."""
+    return weight.device.type != "cpu" and weight.dtype != dtype
 
 
 class _WithZeros(torch.autograd.Function):
@@ -189,14 +196,22 @@ class ComposedBlock(Block):
         parts = Tensor.split if len(runs) == len(self.sizes) else _Split.apply
         split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
         split += [v.split(self.sizes) for v in taken]
+        dtype = self.weights[0].dtype
+        if checks.is_autocast(x) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        groups = [self._groups([u for u in row if u.id in runs], indices, dtype) for row in self.schedule.starts]
+        weights = self._weights(groups, dtype)
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
             with recomputed(out):
-                for unit in self.schedule.starts[row]:
-                    if unit.id in runs:
+                for group in groups[row]:
+                    samples = indices.get(group[0].id)
+                    ys = self._convs(out if samples is None else out.index_select(0, samples), group, weights)
+                    for unit, y in zip(group, ys, strict=True):
+                        views = self._views(unit, split)._replace(projection=weights.get(("projection", unit.id)))
                         pooled = self.pool == "before" and unit.end == len(joins) - 1
-                        branches[unit.id] = self._branch(out, self._views(unit, split), indices.get(unit.id), pooled)
+                        branches[unit.id] = self._branch(y, views, samples, len(x), pooled)
             if joined:
                 mask = None
                 if keep.dim() == 3:
@@ -254,14 +269,43 @@ class ComposedBlock(Block):
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 
-    def _branch(self, x: Tensor, unit: UnitViews, samples: Tensor | None, pooled: bool) -> Tensor:
-        """One unit up to its join, on some of the samples (None: all); the others are zeros."""
-        z = x if samples is None else x.index_select(0, samples)
-        z, weight = (t.contiguous(memory_format=torch.channels_last) for t in (z, unit.weight))
-        backend = backends.resolve("FractalNet", None, z.device, z.dtype)
-        y = conv2d_3x3(z, weight, backend)
-        if unit.weight_1x1 is not None:
-            y = torch.cat([y, F.conv2d(z, unit.weight_1x1)], 1)
+    def _groups(self, units: list[Unit], indices: dict[int, Tensor], dtype: torch.dtype) -> list[list[Unit]]:
+        """Units of a row whose convolutions run as one: that read all samples and train, or do not."""
+        found: dict[object, list[Unit]] = {}
+        for unit in units:
+            weight, mixed = self.weights[unit.id], self.weights_1x1.get(str(unit.id))
+            alone = unit.id in indices or not _are_wide(weight, dtype)
+            trained = weight.requires_grad, mixed is not None and mixed.requires_grad
+            found.setdefault(unit.id if alone else trained, []).append(unit)
+        return list(found.values())
+
+    def _weights(self, groups: list[list[list[Unit]]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
+        """Of what runs: "3x3" and "1x1" wide weights by a group's first unit, "projection" by the unit."""
+        wide: dict[tuple[str, int], list[Tensor]] = {}
+        for group in (group for row in groups for group in row):
+            wide["3x3", group[0].id] = [as_conv(self.weights[u.id]) for u in group]
+            if mixed := [as_conv(self.weights_1x1[str(u.id)]) for u in group if str(u.id) in self.weights_1x1]:
+                wide["1x1", group[0].id] = mixed
+            for u in group:
+                if str(u.id) in self.projections:
+                    wide["projection", u.id] = [as_conv(self.projections[str(u.id)])]
+        return dict(zip(wide, wide_weights([*wide.values()], dtype), strict=True))
+
+    def _convs(self, z: Tensor, group: list[Unit], weights: dict[tuple[str, int], Tensor]) -> list[Tensor]:
+        """The convolutions of units that read the same."""
+        z, first = z.contiguous(memory_format=torch.channels_last), group[0].id
+        wide = conv2d_3x3(z, weights["3x3", first], backends.resolve("FractalNet", None, z.device, z.dtype))
+        ys = wide.split([self.weights[u.id].shape[0] for u in group], 1) if len(group) > 1 else [wide]
+        if ("1x1", first) not in weights:
+            return [*ys]
+        sizes = [self.sizes[u.id] - self.weights[u.id].shape[0] for u in group]
+        wide = F.conv2d(z, weights["1x1", first])
+        parts = wide.split(sizes, 1) if len(group) > 1 else [wide]
+        return [torch.cat([y, part], 1) if size else y for y, part, size in zip(ys, parts, sizes, strict=True)]
+
+    def _branch(self, y: Tensor, unit: UnitViews, samples: Tensor | None, batch: int, pooled: bool) -> Tensor:
+        """One unit from its convolution's output up to its join, on some samples of the batch (None: all); the others
+        are zeros."""
         if unit.conv_bias is not None:
             y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
         if rate := self.rate("conv"):
@@ -277,13 +321,14 @@ class ComposedBlock(Block):
             y = F.dropout(y, rate, self.training)
         if unit.projection is not None:
             with recomputed(y):
-                weight = unit.projection.to(y.dtype)
+                backend = backends.resolve("FractalNet", None, y.device, y.dtype)
+                weight = unit.projection
                 y = conv2d_1x1_pooled(y, weight, backend) if pooled else F.conv2d(y, weight)
         elif pooled and not at_once:
             y = masked_mean_join([y], pool="before")
         if samples is None:
             return y
-        zeros = y.new_zeros(x.shape[0], *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
+        zeros = y.new_zeros(batch, *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
         return zeros.index_copy(0, samples, y)
 
     def _fused_norm(self, y: Tensor, unit: UnitViews, relu: bool, pooled: bool) -> Tensor:
