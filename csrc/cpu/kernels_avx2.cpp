@@ -20,6 +20,7 @@
 
 #define FRACTAL_VEC_BYTES 32
 #define FRACTAL_INLINE __attribute__((always_inline))
+#define FRACTAL_UNROLL_BRANCHES 1
 
 namespace fractal::cpu::avx2 {
 namespace {

@@ -21,6 +21,7 @@
 
 #define FRACTAL_VEC_BYTES 64
 #define FRACTAL_INLINE __attribute__((always_inline))
+#define FRACTAL_UNROLL_BRANCHES 1
 
 namespace fractal::cpu::avx512 {
 namespace {
