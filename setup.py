@@ -214,7 +214,7 @@ setup(
     package_data={
         "fractal_kernels": ["py.typed"],
         "fractal_kernels.triton": ["tuned.json"],
-        "fractalnet": ["recipes/*.yaml", "recipes/*/*.yaml"],
+        "fractalnet": ["py.typed", "recipes/*.yaml", "recipes/*/*.yaml"],
     },
     include_package_data=False,
     **extensions(),

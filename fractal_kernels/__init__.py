@@ -2,7 +2,7 @@
 
 from .backends import BackendUnavailable, available_backends, use_backend
 from .block import BlockOutput, fractal_block
-from .fuse import fuse, unfuse
+from .fuse import FuseReport, fuse, unfuse
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, MeanJoin, sync_batch_norm
 from .ops.bn_relu import bn_relu
 from .ops.conv import conv_bn_relu
@@ -19,6 +19,7 @@ __all__ = [
     "BlockOutput",
     "ConvBNReLU",
     "DropPathJoin",
+    "FuseReport",
     "MeanJoin",
     "available_backends",
     "bn_relu",
