@@ -185,3 +185,20 @@ def test_casts_of_a_network(kernel_mix):
         net(torch.randn(2, 3, 8, 8), path=full_path(2, net.columns), dense=True).sum().backward()
     assert mode.calls["_foreach_copy_"] == 4
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_compiled_as_on_a_gpu(monkeypatch):
+    """One graph under autocast, with wide convolutions; bit-equal to the network as it is."""
+    monkeypatch.setattr(composed, "_are_wide", lambda weight, dtype: weight.dtype != dtype)
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(10, 2, (8,), image_size=8, kernel_mix=0.5)
+    other = copy.deepcopy(net)
+    x, path = torch.randn(2, 3, 8, 8), full_path(1, 2)
+    for model, call in ((net, net), (other, torch.compile(other, fullgraph=True, backend="aot_eager"))):
+        with torch.autocast("cpu", BF16):
+            out = call(x, path=path, dense=True)
+        out.float().square().sum().backward()
+        model.out = out.detach()
+    assert torch.equal(net.out, other.out)
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
