@@ -226,13 +226,12 @@ class ComposedBlock(Block):
         if self.training:
             with torch.no_grad():
                 if keep.dim() == 2 and dense:
-                    live = live_units(self.schedule, keep.unsqueeze(2))
-                count = self._count(x, runs, live)
+                    live = live_units(self.schedule, keep)
+                whole = self.sync_group is None and keep.dim() == 2
+                count = self._count(x, runs, live, x.shape[0] if whole else 1)
                 if self.sync_group is not None:
                     group = sync.name_of("FractalNet", self.sync_group)
                     count *= sync.add(count.new_full((1,), x.shape[0]), group)
-                elif keep.dim() == 2:
-                    count *= x.shape[0]
                 self.track(count, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
@@ -260,12 +259,14 @@ class ComposedBlock(Block):
                 f"ComposedBlock: expected keep bool of shape {list(shape)}, got {keep.dtype} {list(keep.shape)}"
             )
 
-    def _count(self, x: Tensor, runs: set[int], live: list[Tensor] | None) -> Tensor:
-        """Values per unit [U], of the samples for which it is live; ``live`` None: of one sample, if it runs."""
-        pixels = x.shape[2] * x.shape[3]
+    def _count(self, x: Tensor, runs: set[int], live: list[Tensor] | None, samples: int) -> Tensor:
+        """Values per unit [U]: of this many samples, if it lives (``live``, or None: if it runs); of a path per sample,
+        of the samples for which it is live."""
+        values = x.shape[2] * x.shape[3] * samples
         if live is not None:
-            return torch.stack(live).sum(1).to(x.device) * pixels
-        one = torch.full((1,), pixels, device=x.device)  # no list of the host's: a CUDA graph cannot copy from there
+            alive = torch.stack(live)
+            return (alive.sum(1) if alive.dim() == 2 else alive).to(x.device) * values
+        one = torch.full((1,), values, device=x.device)  # no list of the host's: a CUDA graph cannot copy from there
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 
