@@ -311,3 +311,12 @@ def test_where_nothing_is_kept(pool, size):
     block.init_weights("he")
     nothing = torch.zeros(2, 2, 5, dtype=torch.bool)
     assert block(torch.randn(5, 3, 8, 8), nothing, torch.tensor(0)).shape == (5, 4, size, size)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"], ids=["fused", "composed"])
+def test_export_takes_any_batch(activation):
+    net = FractalNet(10, 2, (8,), image_size=8, activation=activation).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (torch.randn(3, 3, 8, 8),), dynamic_shapes={"x": {0: batch}})
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(program.module()(x), net(x))

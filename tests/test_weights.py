@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 
 import fractalnet
 import pytest
@@ -13,6 +14,8 @@ from fractalnet import composed
 from fractalnet.composed import ComposedBlock
 from fractalnet.drop_path import full_path, sample_path
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal_kernels import checks, fractal_block
@@ -32,6 +35,10 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+def as_on_a_gpu(weight: Tensor, dtype: torch.dtype) -> bool:
+    return weight.dtype != dtype
 
 
 def weights(*sizes: tuple[int, ...]) -> list[Tensor]:
@@ -160,7 +167,7 @@ def test_one_convolution_for_units_that_read_the_same(granularity, frozen, monke
         for net, cast in ((block, True), (double, False)):
             with monkeypatch.context() as patch, Counted() as mode:
                 if cast:
-                    patch.setattr(composed, "_are_wide", lambda weight, dtype: weight.dtype != dtype)
+                    patch.setattr(composed, "_are_wide", as_on_a_gpu)
                     patch.setattr(checks, "is_autocast", lambda x: True)
                     patch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
                 out = net(x, path.keep[0], path.alone, granularity == "dense")
@@ -189,7 +196,7 @@ def test_casts_of_a_network(kernel_mix):
 
 def test_compiled_as_on_a_gpu(monkeypatch):
     """One graph under autocast, with wide convolutions; bit-equal to the network as it is."""
-    monkeypatch.setattr(composed, "_are_wide", lambda weight, dtype: weight.dtype != dtype)
+    monkeypatch.setattr(composed, "_are_wide", as_on_a_gpu)
     torch.manual_seed(0)
     net = fractalnet.FractalNet(10, 2, (8,), image_size=8, kernel_mix=0.5)
     other = copy.deepcopy(net)
@@ -202,3 +209,62 @@ def test_compiled_as_on_a_gpu(monkeypatch):
     assert torch.equal(net.out, other.out)
     for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+def test_compiled_autograd():
+    """Follows the backward of the casts in one graph."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(10, 2, (8,), image_size=8)
+    x, path = torch.randn(2, 3, 8, 8), full_path(1, 2)
+    results = []
+    for compiles in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", BF16):
+            out = net(x, path=path)
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)) if compiles else nullcontext():
+            out.float().square().sum().backward()
+        results.append([p.grad for p in net.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+class _Half(nn.Module):
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return 0.5 * weight
+
+
+def test_a_composed_weight_is_read_once():
+    """Where it runs: what computes it (a parametrization) may have a state."""
+    block = ComposedBlock(3, (8, 4), kernel_mix=0.5)
+    block.init_weights("he")
+    half = _Half()
+    parametrize.register_parametrization(block.weights, "0", half, unsafe=True)
+    path = full_path(1, 2)
+    before = half.calls
+    block.eval()(torch.randn(2, 3, 8, 8), path.keep[0], path.alone)
+    assert half.calls - before == 2  # and once to see which weights do not run
+
+
+def test_weights_of_other_dtypes_are_refused():
+    """As PyTorch's convolutions do, without autocast; under autocast float64 is none of its business."""
+    block = ComposedBlock(3, (8, 4), activation="silu")
+    block.init_weights("he")
+    path, x = full_path(1, 2), torch.randn(2, 3, 8, 8)
+    for dtype, enabled in ((BF16, False), (torch.float64, True)):
+        other = copy.deepcopy(block)
+        other.weights[1].data = other.weights[1].data.to(dtype)
+        with torch.autocast("cpu", BF16, enabled=enabled), pytest.raises(RuntimeError, match="type|dtype"):
+            other(x, path.keep[0], path.alone)
+
+
+def test_without_gradients_casts_are_of_a_row():
+    """Those of a whole block would be its weights once more."""
+    block = ComposedBlock(3, (8, 4), activation="silu").eval()
+    path = full_path(1, 2)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), torch.autocast("cpu", BF16), Counted() as mode:
+            block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone)
+        assert mode.calls["_foreach_copy_"] == (1 if enabled else 2)

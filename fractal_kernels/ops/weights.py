@@ -35,7 +35,8 @@ class _Cast(torch.autograd.Function):
                     parts.append(grad if size == 1 else grad.narrow(0, first, rows))
                     dtypes.append(dtype)
                 at, first = at + 1, first + rows
-        if torch.is_grad_enabled() or any(is_batched(part) for part in parts):
+        compiling = torch.compiler.is_compiling()  # of compiled autograd, which cannot follow the last question
+        if compiling or torch.is_grad_enabled() or any(is_batched(part) for part in parts):
             cast = [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         else:
             cast = [torch.empty_like(part, dtype=dtype) for part, dtype in zip(parts, dtypes, strict=True)]
@@ -54,7 +55,8 @@ def _cast(dtype: torch.dtype, sizes: Sequence[int], weights: Sequence[Tensor]) -
         rows = [w.shape[0] for w in group]
         shape, last = (sum(rows), *group[0].shape[1:]), torch.channels_last
         wide.append(torch.empty(shape, dtype=dtype, device=group[0].device, memory_format=last))
-        targets += [wide[-1]] if size == 1 else wide[-1].split(rows)
+        # Not split: views of one call may not be written where gradients are recorded.
+        targets += [wide[-1].narrow(0, sum(rows[:i]), n) for i, n in enumerate(rows)] if size > 1 else [wide[-1]]
     torch._foreach_copy_(targets, list(weights))
     return tuple(wide)
 
@@ -64,7 +66,8 @@ def wide_weights(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list
     channels_last; one that is so already, and alone, is what it is.
 
     Casts, and those of the gradients, are one launch on a GPU for all weights that require gradients, and one for the
-    others, if they are in channels_last: a block has dozens.
+    others, if they are in channels_last: a block has dozens. So its gradients in ``dtype`` are all there before any is
+    cast.
     """
     found: dict[int, Tensor] = {}
     if not torch.compiler.is_compiling() and not foreign_tool():

@@ -22,6 +22,15 @@ from .layers import init_conv
 __all__ = ["ComposedBlock"]
 
 
+KINDS = ("3x3", "1x1")  # of convolutions, in the order of UnitViews
+
+
+def _cast_to(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x reads a weight: autocast's, but for float64."""
+    casts = checks.is_autocast(x) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else weight.dtype
+
+
 def _are_wide(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether convolutions that read the same run as one: on a GPU, where each is a launch, and where their weights are
     copied anyway (autocast), since a wide copy is kept for backward. A CPU's are no faster for it in bfloat16."""
@@ -196,22 +205,27 @@ class ComposedBlock(Block):
         parts = Tensor.split if len(runs) == len(self.sizes) else _Split.apply
         split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
         split += [v.split(self.sizes) for v in taken]
-        dtype = self.weights[0].dtype
-        if checks.is_autocast(x) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        groups = [self._groups([u for u in row if u.id in runs], indices, dtype) for row in self.schedule.starts]
-        weights = self._weights(groups, dtype)
+        views = {u.id: self._views(u, split) for u in self.schedule.units if u.id in runs}
+        groups = [self._groups([u for u in row if u.id in runs], views, indices, x) for row in self.schedule.starts]
+        at_once = torch.is_grad_enabled()  # else they are not kept, and the casts of a row are gone with it
+        weights = self._weights(groups, views, x) if at_once else {}
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
+            if not at_once:
+                weights = self._weights(groups[row : row + 1], views, x)
             with recomputed(out):
                 for group in groups[row]:
-                    samples = indices.get(group[0].id)
-                    ys = self._convs(out if samples is None else out.index_select(0, samples), group, weights)
-                    for unit, y in zip(group, ys, strict=True):
-                        views = self._views(unit, split)._replace(projection=weights.get(("projection", unit.id)))
+                    samples, units = indices.get(group[0].id), [views[u.id] for u in group]
+                    ys = self._convs(
+                        out if samples is None else out.index_select(0, samples),
+                        units,
+                        *(weights[kind, group[0].id] for kind in KINDS),
+                    )
+                    for unit in group:
+                        own = views[unit.id]._replace(projection=weights["projection", unit.id])
                         pooled = self.pool == "before" and unit.end == len(joins) - 1
-                        branches[unit.id] = self._branch(y, views, samples, len(x), pooled)
+                        branches[unit.id] = self._branch(ys.pop(0), own, samples, x.shape[0], pooled)
             if joined:
                 mask = None
                 if keep.dim() == 3:
@@ -270,38 +284,48 @@ class ComposedBlock(Block):
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 
-    def _groups(self, units: list[Unit], indices: dict[int, Tensor], dtype: torch.dtype) -> list[list[Unit]]:
+    def _groups(
+        self, units: list[Unit], views: dict[int, UnitViews], indices: dict[int, Tensor], x: Tensor
+    ) -> list[list[Unit]]:
         """Units of a row whose convolutions run as one: that read all samples and train, or do not."""
         found: dict[object, list[Unit]] = {}
         for unit in units:
-            weight, mixed = self.weights[unit.id], self.weights_1x1.get(str(unit.id))
-            alone = unit.id in indices or not _are_wide(weight, dtype)
+            weight, mixed = views[unit.id].weight, views[unit.id].weight_1x1
             trained = weight.requires_grad, mixed is not None and mixed.requires_grad
+            alone = unit.id in indices or not _are_wide(weight, _cast_to(x, weight))
             found.setdefault(unit.id if alone else trained, []).append(unit)
         return list(found.values())
 
-    def _weights(self, groups: list[list[list[Unit]]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
-        """Of what runs: "3x3" and "1x1" wide weights by a group's first unit, "projection" by the unit."""
-        wide: dict[tuple[str, int], list[Tensor]] = {}
+    def _weights(
+        self, groups: list[list[list[Unit]]], views: dict[int, UnitViews], x: Tensor
+    ) -> dict[tuple[str, int], Tensor | None]:
+        """What convolutions read, wide where they are: "3x3" and "1x1" by a group's first unit, "projection" by every
+        unit; None where there is none."""
+        found: dict[tuple[str, int], Tensor | None] = {}
+        casts: dict[torch.dtype, dict[tuple[str, int], list[Tensor]]] = {}
         for group in (group for row in groups for group in row):
-            wide["3x3", group[0].id] = [as_conv(self.weights[u.id]) for u in group]
-            if mixed := [as_conv(self.weights_1x1[str(u.id)]) for u in group if str(u.id) in self.weights_1x1]:
-                wide["1x1", group[0].id] = mixed
-            for u in group:
-                if str(u.id) in self.projections:
-                    wide["projection", u.id] = [as_conv(self.projections[str(u.id)])]
-        return dict(zip(wide, wide_weights([*wide.values()], dtype), strict=True))
+            parts = [views[u.id] for u in group]
+            wide = {(kind, group[0].id): [v[i] for v in parts if v[i] is not None] for i, kind in enumerate(KINDS)}
+            wide |= {("projection", u.id): [v.projection] for u, v in zip(group, parts, strict=True)}
+            for key, weights in wide.items():
+                if not weights or weights[0] is None:
+                    found[key] = None
+                else:
+                    casts.setdefault(_cast_to(x, weights[0]), {})[key] = weights
+        for dtype, wide in casts.items():
+            found |= zip(wide, wide_weights([*wide.values()], dtype), strict=True)
+        return found
 
-    def _convs(self, z: Tensor, group: list[Unit], weights: dict[tuple[str, int], Tensor]) -> list[Tensor]:
+    def _convs(self, z: Tensor, units: list[UnitViews], weight: Tensor, weight_1x1: Tensor | None) -> list[Tensor]:
         """The convolutions of units that read the same."""
-        z, first = z.contiguous(memory_format=torch.channels_last), group[0].id
-        wide = conv2d_3x3(z, weights["3x3", first], backends.resolve("FractalNet", None, z.device, z.dtype))
-        ys = wide.split([self.weights[u.id].shape[0] for u in group], 1) if len(group) > 1 else [wide]
-        if ("1x1", first) not in weights:
-            return [*ys]
-        sizes = [self.sizes[u.id] - self.weights[u.id].shape[0] for u in group]
-        wide = F.conv2d(z, weights["1x1", first])
-        parts = wide.split(sizes, 1) if len(group) > 1 else [wide]
+        z = z.contiguous(memory_format=torch.channels_last)
+        y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
+        ys = [y] if len(units) == 1 else [*y.split([u.weight.shape[0] for u in units], 1)]
+        if weight_1x1 is None:
+            return ys
+        sizes = [0 if u.weight_1x1 is None else u.weight_1x1.shape[0] for u in units]
+        y = F.conv2d(z, weight_1x1)
+        parts = [y] if len(units) == 1 else y.split(sizes, 1)
         return [torch.cat([y, part], 1) if size else y for y, part, size in zip(ys, parts, sizes, strict=True)]
 
     def _branch(self, y: Tensor, unit: UnitViews, samples: Tensor | None, batch: int, pooled: bool) -> Tensor:
