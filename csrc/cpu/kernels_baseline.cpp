@@ -8,8 +8,8 @@
 
 #define FRACTAL_VEC_BYTES 16
 #define FRACTAL_INLINE __attribute__((always_inline))
-// Only an x86-64 without AVX2, from before 2013, runs these: not worth two thirds of the time that they take to
-// compile.
+// Only an x86-64 without AVX2, from before 2013, runs these: instances for a known number of branches are not worth the
+// time to compile them.
 #if defined(__x86_64__)
 #define FRACTAL_UNROLL_BRANCHES 0
 #else

@@ -33,7 +33,7 @@ def _cast_to(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _are_wide(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether convolutions that read the same run as one: on a GPU, where each is a launch, and where their weights are
-    copied anyway (autocast), since a wide copy is kept for backward. A CPU's are no faster for it in bfloat16."""
+    copied anyway (autocast), since a wide copy is kept for backward."""
     return weight.device.type != "cpu" and weight.dtype != dtype
 
 
@@ -207,12 +207,12 @@ class ComposedBlock(Block):
         split += [v.split(self.sizes) for v in taken]
         views = {u.id: self._views(u, split) for u in self.schedule.units if u.id in runs}
         groups = [self._groups([u for u in row if u.id in runs], views, indices, x) for row in self.schedule.starts]
-        at_once = torch.is_grad_enabled()  # else they are not kept, and the casts of a row are gone with it
-        weights = self._weights(groups, views, x) if at_once else {}
+        keeps = torch.is_grad_enabled()  # casts, for backward; else those of a row are gone with it
+        weights = self._weights(groups, views, x) if keeps else {}
         branches: dict[int, Tensor] = {}
         out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
-            if not at_once:
+            if not keeps:
                 weights = self._weights(groups[row : row + 1], views, x)
             with recomputed(out):
                 for group in groups[row]:
@@ -301,19 +301,17 @@ class ComposedBlock(Block):
     ) -> dict[tuple[str, int], Tensor | None]:
         """What convolutions read, wide where they are: "3x3" and "1x1" by a group's first unit, "projection" by every
         unit; None where there is none."""
-        found: dict[tuple[str, int], Tensor | None] = {}
-        casts: dict[torch.dtype, dict[tuple[str, int], list[Tensor]]] = {}
+        wide: dict[tuple[str, int], list[Tensor | None]] = {}
         for group in (group for row in groups for group in row):
-            parts = [views[u.id] for u in group]
-            wide = {(kind, group[0].id): [v[i] for v in parts if v[i] is not None] for i, kind in enumerate(KINDS)}
-            wide |= {("projection", u.id): [v.projection] for u, v in zip(group, parts, strict=True)}
-            for key, weights in wide.items():
-                if not weights or weights[0] is None:
-                    found[key] = None
-                else:
-                    casts.setdefault(_cast_to(x, weights[0]), {})[key] = weights
-        for dtype, wide in casts.items():
-            found |= zip(wide, wide_weights([*wide.values()], dtype), strict=True)
+            wide |= {(kind, group[0].id): [views[u.id][i] for u in group] for i, kind in enumerate(KINDS)}
+            wide |= {("projection", u.id): [views[u.id].projection] for u in group}
+        found: dict[tuple[str, int], Tensor | None] = dict.fromkeys(wide)
+        casts: dict[torch.dtype, dict[tuple[str, int], list[Tensor]]] = {}
+        for key, weights in wide.items():
+            if there := [w for w in weights if w is not None]:
+                casts.setdefault(_cast_to(x, there[0]), {})[key] = there
+        for dtype, cast in casts.items():
+            found |= zip(cast, wide_weights([*cast.values()], dtype), strict=True)
         return found
 
     def _convs(self, z: Tensor, units: list[UnitViews], weight: Tensor, weight_1x1: Tensor | None) -> list[Tensor]:
