@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.compare import hold_together
+from benchmarks.compare import Contender, hold_together
 from fractal_kernels import cpu_conv, tiny_conv
 
 ROUNDS = 15
@@ -86,23 +87,21 @@ class Library:
 KERNELS: dict[str, ModuleType | type[Library]] = {"library": Library, "cpu_conv": cpu_conv, "tiny_conv": tiny_conv}
 
 
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+def channels_last(*shape: int, **made: Any) -> Tensor:
+    return torch.randn(shape[0], *shape[2:], shape[1], **made).permute(0, 3, 1, 2)
 
 
 def dash(values: tuple[int, ...]) -> str:
     return "-".join(map(str, values))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=dash)
-@pytest.mark.parametrize("name", ["library", "cpu_conv"])
-def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> None:
-    """ "ours" is one wide conv; the baseline one conv per column, gradients gathered."""
-    kernel = KERNELS[name]
+def row_of_convs(kernel: ModuleType | type[Library], row: tuple[int, ...], **made: Any) -> dict[str, Contender]:
+    """Forward and backward of a row's convs: "ours" as one wide conv, or one per column, gradients gathered. They
+    return the gradient of the weight."""
     n, c, k, size, columns = row
-    x, weight = channels_last(n, c, size, size), channels_last(columns * k, c, 3, 3)
+    x, weight = channels_last(n, c, size, size, **made), channels_last(columns * k, c, 3, 3, **made)
     weights = weight.split(k)
-    grad = channels_last(n, columns * k, size, size)
+    grad = channels_last(n, columns * k, size, size, **made)
     grads = [g.contiguous(memory_format=torch.channels_last) for g in grad.split(k, 1)]
     dweight = torch.empty_like(weight)
 
@@ -120,13 +119,20 @@ def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> 
             total = dx if total is None or c <= 3 else total.add_(dx)
         return dweight
 
-    hold_together("wide", [wide(0).clone()], [separate(0)], 1e-4)
-    compare(
-        "conv",
-        f"{name}, one wide conv, batch {n}, {c} to {columns}x{k} channels, {size}x{size}",
-        {"ours": wide, "separate": separate},
-        ROUNDS,
-    )
+    return {"ours": wide, "separate": separate}
+
+
+def titled(row: tuple[int, ...]) -> str:
+    n, c, k, size, columns = row
+    return f"one wide conv, batch {n}, {c} to {columns}x{k} channels, {size}x{size}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=dash)
+@pytest.mark.parametrize("name", ["library", "cpu_conv"])
+def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> None:
+    contenders = row_of_convs(KERNELS[name], row)
+    hold_together("wide", [contenders["ours"](0).clone()], [contenders["separate"](0)], 1e-4)
+    compare("conv", f"{name}, {titled(row)}", contenders, ROUNDS)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=dash)

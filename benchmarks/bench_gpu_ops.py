@@ -1,5 +1,5 @@
 """Both GPU backends: memory of a join in training, the residual add with stochastic depth, the end of a residual block,
-and the column step.
+and the column step; and the convolutions of a fractal block's rows.
 
 Run with ``pytest benchmarks/bench_gpu_ops.py -m gpu``; timing, shapes and contenders are those of bench_gpu.py.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from fractalnet.evaluate import saved_bytes
 from torch import Tensor, nn
 
 import fractal_kernels as fk
+from benchmarks.bench_conv import Library, dash, row_of_convs, titled
 from benchmarks.bench_gpu import (
     BACKENDS,
     DEVICE,
@@ -42,6 +43,15 @@ pytestmark = pytest.mark.gpu
 DTYPE, LAYOUT = torch.bfloat16, torch.channels_last
 DROP = 0.15
 TITLE = "bf16 NHWC"
+# As bench_conv.ROWS: of FractalNet-20 at two batches, and of FractalNet-34.
+ROWS = [
+    (100, 128, 256, 8, 3),
+    (100, 256, 512, 4, 3),
+    (100, 512, 512, 2, 3),
+    (100, 512, 512, 2, 2),
+    (1024, 256, 512, 4, 3),
+    (64, 256, 512, 28, 4),
+]
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
@@ -228,3 +238,16 @@ def test_conv_bn_relu(benchmark: Any, compare: Callable[..., None], backend: str
     what = f"{backend} conv_bn_relu in training, forward + backward, {TITLE}, {REPEATS} calls"
     contenders = {name: repeated(lambda name=name: step(name)) for name in forwards}
     compare("gpu", what, contenders, ROUNDS, case=this)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=dash)
+def test_row_of_convs(compare: Callable[..., None], row: tuple[int, ...]) -> None:
+    """What a block's rule for GPUs goes by (`wide_is_faster` in fractal_kernels/block_rows.py)."""
+    calls = {name: partial(call, 0) for name, call in row_of_convs(Library, row, device=DEVICE, dtype=DTYPE).items()}
+    hold_together("wide", [calls["ours"]().clone()], [calls["separate"]()], TOLERANCE[DTYPE])
+
+    def extra(_: dict[str, Any]) -> dict[str, float]:
+        return {f"device_ms_{name}": device_ms(call) for name, call in calls.items()}
+
+    contenders = {name: repeated(call) for name, call in calls.items()}
+    compare("gpu_rule", f"{titled(row)}, {TITLE}, {REPEATS} calls", contenders, ROUNDS, extra=extra)

@@ -51,7 +51,8 @@ TESTS = [f"tests/test_{name}.py" for name in FILES]
 SANITIZED = "number_of_branches_and_dtypes or half_of_a_vector or (test_vector_loads and channel_slice)"
 SANITIZED = f"({SANITIZED}) and not triton"
 # Of the kernels' rows: what the README shows, peers of a user's, and then what compiles.
-FIRST = (r"test_kernel\[.*nhwc-bf16", "test_kernel_of", r"test_kernel\[.*nhwc-fp32", "compile.*nhwc-bf16|bench_gpu_ops")
+FIRST = (r"test_kernel\[.*nhwc-bf16", "test_kernel_of|row_of_convs", r"test_kernel\[.*nhwc-fp32")
+FIRST += ("compile.*nhwc-bf16|bench_gpu_ops",)
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.rounds"]
 BENCHES = {  # what matters most first, and what compiles for long last
     "kernels": [
@@ -165,7 +166,8 @@ class Round:
         self.folder, self.processes, self.deadline = folder.resolve(), processes, deadline
         self.select, self.tests = select, tests
         self.limits: dict[str, float] = {}  # in the place of LIMITS
-        self.scratch = Path(tempfile.mkdtemp(prefix="fractal-gpu-"))
+        self.files = tempfile.TemporaryDirectory(prefix="fractal-gpu-", ignore_cleanup_errors=True)  # of its processes
+        self.scratch = Path(self.files.name)
         self.limit = 0.0  # seconds of the stage that runs
         self.logs: list[Path] = []  # of its processes
         (self.folder / "log.txt").unlink(missing_ok=True)
@@ -386,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{this.path.name}: {error}", file=sys.stderr)
                 good = False
     finally:
-        shutil.rmtree(this.scratch, ignore_errors=True)
+        this.files.cleanup()
     return 0 if good else 1
 
 

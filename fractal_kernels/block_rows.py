@@ -27,9 +27,11 @@ def ranges_are_faster(x: Tensor, channels: int) -> bool:
     return x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
 
 
-def wide_is_faster(in_channels: int, ours: bool) -> bool:
-    """Whether the convs of a row run as one wide conv rather than one by one (measured: benchmarks/bench_conv.py)."""
-    return in_channels < (256 if ours else 128)
+def wide_is_faster(in_channels: int, ours: bool, device: torch.device) -> bool:
+    """Whether the convs of a row run as one wide conv rather than one by one: on the CPU, where that was measured to be
+    faster (benchmarks/bench_conv.py). Elsewhere always: it is one launch, of enough blocks for small images to fill a
+    GPU, and no gradients to add up or to gather (benchmarks/bench_gpu_ops.py measures it)."""
+    return device.type != "cpu" or in_channels < (256 if ours else 128)
 
 
 class Segment(NamedTuple):
@@ -157,7 +159,7 @@ class Rows:
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
-        wide = wide_is_faster(weights[row].shape[1], self.our_convs)
+        wide = wide_is_faster(weights[row].shape[1], self.our_convs, self.device)
         if not self.several:
             units = self.segments[0].plan.live[row]
             return [Conv(0, self.batch, group, (0,)) for group in (runs(units) if wide else [(u,) for u in units])]

@@ -9,7 +9,7 @@ from fractalnet.drop_path import Path, column_path, full_path, sample_path
 import fractal_kernels as fk
 from fractal_kernels import block_rows
 from fractal_kernels.block import fractal_block
-from fractal_kernels.schedule import plan
+from fractal_kernels.schedule import plan, schedule
 
 THREADS = 2
 
@@ -249,6 +249,15 @@ def test_split_convs_equal_wide(monkeypatch):
         results.append(run(net, x, torch.tensor([0, 1, 2]), full_path(2, 3), dense=False))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_row_is_one_convolution_but_where_the_cpu_is_slower():
+    units = [len(row) for row in schedule(3).starts]
+    for device, expected in (("cpu", units), ("meta", [1, 1, 1, 1])):
+        weights = [torch.empty(n * 512, 512, 3, 3, device=device) for n in units]
+        x = torch.empty(2, 512, 4, 4, device=device)
+        rows = block_rows.Rows(weights, 512, full_path(1, 3).keep[0], False, 0, x, "", False)
+        assert [len(rows.convs(row, weights)) for row in range(4)] == expected
 
 
 def test_dead_units_keep_their_statistics_and_sets_are_separate():

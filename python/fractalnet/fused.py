@@ -108,13 +108,13 @@ class Block(nn.Module):
             buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
         tracked, *running = buffers
         tracked.add_(ran)
-        weight = ran.to(mean.dtype)
-        weight = weight * self.momentum if self.momentum is not None else weight / tracked.clamp(min=1)
-        weight = self.per_channel(weight)
-        moved = weight > 0
+        if self.momentum == 0:
+            return
+        share = self.momentum if self.momentum is not None else self.per_channel(tracked.clamp(min=1).reciprocal())
+        moved = self.per_channel(ran)
         for statistics, batch in zip(running, (mean, var), strict=True):
-            # Not lerp alone: what is not finite in this batch would reach what did not run at a weight of 0.
-            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), weight.to(statistics.dtype))
+            # Not by a weight of 0: what is not finite in this batch would reach what did not run.
+            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), share)
 
     def _borrows(self, own: Tensor) -> Tensor:
         """[1, U]: the units that never ran in the steps of set ``own`` [1] and did in the other's."""
