@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import channel_slice, channels_last
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fractal_kernels as fk
 
@@ -47,6 +48,31 @@ def test_outputs(name, backend):
     factor = torch.ones(1, requires_grad=True)
     out.mul_(factor).sum().backward()
     assert factor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("live", [[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 1, 1]])
+def test_gradients_under_a_mask_for_the_batch(live, backend):
+    """On the CPU those of the branches that live are one tensor, until they are somebody's own."""
+    ys, mask = [images() for _ in range(3)], torch.tensor(live, dtype=torch.bool)
+    grad = channels_last(torch.randn(2, 16, 6, 6))
+    grad[0, 0] = torch.inf
+    out = fk.masked_mean_join(ys, mask, backend=backend)
+    found = torch.autograd.grad(out, ys, grad, retain_graph=True)
+    for alive, d in zip(live, found, strict=True):
+        torch.testing.assert_close(d, grad / sum(live) if alive else torch.zeros_like(grad))
+    if backend == "cpu":
+        assert len({d.data_ptr() for d in found}) == len(set(live))
+    with FlopCounterMode(display=False):  # which sees every operator, as what traces them does
+        traced = torch.autograd.grad(out, ys, grad, retain_graph=True)
+    assert len({d.data_ptr() for d in traced}) == 3
+    for d, other in zip(found, traced, strict=True):
+        torch.testing.assert_close(d, other)
+    out.backward(grad)
+    before = [y.grad.clone() for y in ys]
+    for i, y in enumerate(ys):
+        y.grad.mul_(10**i)
+    for i, (y, d) in enumerate(zip(ys, before, strict=True)):
+        assert torch.equal(y.grad, d * 10**i) and y.grad.stride() == y.stride()
 
 
 @pytest.mark.parametrize("channels, size", [(16, 6), (512, 2)])

@@ -27,6 +27,14 @@ def _plain_gradients(ctx: Any, grad: Tensor) -> Gradients:
     return None, None, None, *(dz.to(grad.dtype) for dz in dzs)
 
 
+def _known(ctx: Any, mask: Tensor | None) -> list[bool]:
+    """Which branches live, where that is one answer for the batch and the host has it; or an empty list."""
+    if mask is None:
+        return [True] * ctx.branches
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # by what has no values
+    return [] if mask.dim() > 1 or ctx.backend != "cpu" or traced else mask.tolist()
+
+
 class _PlainJoin(torch.autograd.Function):
     """The join without normalisation; the gradient of a plain mean needs no input, so none is saved."""
 
@@ -42,9 +50,11 @@ class _PlainJoin(torch.autograd.Function):
     @twice_differentiable(_plain_gradients)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *ys = ctx.saved_tensors
-        if mask is None and not ys:  # every branch has the same gradient: it is computed once, as a + b does
-            share = grad if ctx.flags & Flags.SUM or ctx.branches == 1 else grad / ctx.branches
-            return None, None, None, *[share] * ctx.branches
+        if not ys and (live := _known(ctx, mask)):
+            # Every branch that lives has the same gradient: it is computed once, as a + b does.
+            share = grad if ctx.flags & Flags.SUM or sum(live) <= 1 else grad / sum(live)
+            zeros = share if all(live) else grad.new_zeros(()).expand_as(grad)
+            return None, None, None, *(share if alive else zeros for alive in live)
         dys = _OPS.join_backward_apply(grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend)
         return None, None, None, *dys
 
