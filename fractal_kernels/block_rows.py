@@ -19,12 +19,13 @@ from . import sync
 from .library import POOL, Flags, empty
 from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule
 
-RANGES_PAY = 12_000_000  # measured: benchmarks/bench_depth.py
+RANGES_PAY = 12_000_000  # on the CPU, measured: benchmarks/bench_depth.py
 
 
 def ranges_are_faster(x: Tensor, channels: int) -> bool:
-    """Whether the ranges of columns in a batch are worth more, smaller convolutions: if a unit's work is enough."""
-    return x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
+    """Whether the ranges of columns in a batch are worth more, smaller convolutions: if a unit's work is enough. On a
+    GPU, where they are nearly three times as many launches, it has not been measured: no."""
+    return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
 
 
 def wide_is_faster(in_channels: int, ours: bool, device: torch.device) -> bool:

@@ -47,13 +47,11 @@ def drop_path_mask(
         raise ValueError(f"{op}: expected batch_size None or >= 0, got {batch_size!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: expected generator None or a torch.Generator, got {type(generator).__name__}")
-    shape = (2, num_branches, 1 if batch_size is None else batch_size)
+    shape = (num_branches, 1 if batch_size is None else batch_size)
     # No generator where there is none: with one, a size that torch.compile does not know is refused.
     draws = torch.rand(
         shape, dtype=torch.float32, device=device, **({} if generator is None else {"generator": generator})
     )
-    keep = draws[0] >= p
-    revived = draws[1] == draws[1].amax(0) if draws.numel() else keep
-    first = revived & (revived.cumsum(0) == 1)  # ties are as good as impossible, and still revive one
-    keep = keep | (~keep.any(0) & first)
+    # Of draws that are all less than p, each is as likely as the others to be the greatest: that branch is revived.
+    keep = draws >= draws.amax(0).clamp(max=p)
     return keep[:, 0] if batch_size is None else keep

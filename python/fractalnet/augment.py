@@ -103,25 +103,22 @@ class Augment:
         # One indexing of a view of all windows, in place of a crop of each image.
         count = len(x) if total is None else total
         draws = torch.randint(2 * t + 1, (2, count), generator=generator_for(*key, 1), device="cpu")
-        dy, dx = draws[:, start : start + len(x)].to(x.device)
+        dy, dx = draws[:, start : start + len(x)].to(x.device, non_blocking=True)
         windows = x.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2t + 1, 2t + 1, H, W]
         return self._mirrored(windows[torch.arange(len(x), device=x.device), :, dy, dx], key, start, total)
 
     def _normalised(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != len(self.mean):
             raise ValueError(f"Augment: expected x [B, C={len(self.mean)}, H, W], got {list(x.shape)}")
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).view(-1, 1, 1)
-        x = x.float().mul_(1 / self.scale).sub_(mean)
-        if self.normalise == "mean":
-            return x
-        return x.div_(torch.tensor(self.std, dtype=torch.float32, device=x.device).view(-1, 1, 1))
+        x = x.float().mul_(1 / self.scale).sub_(_per_channel(self.mean, x.device))
+        return x if self.normalise == "mean" else x.div_(_per_channel(self.std, x.device))
 
     def _mirrored(self, x: Tensor, key: tuple[int, ...], start: int, total: int | None) -> Tensor:
         if not (self.train and self.mirror):
             return x
         count = len(x) if total is None else total
         draws = torch.randint(2, (count,), generator=generator_for(*key, 2), device="cpu")
-        flipped = draws[start : start + len(x)].bool().to(x.device)
+        flipped = draws[start : start + len(x)].bool().to(x.device, non_blocking=True)
         return torch.where(flipped.view(-1, 1, 1, 1), x.flip(-1), x)
 
     @property
@@ -136,6 +133,11 @@ class Augment:
         if self.train:
             return to_tensor(random_resized_crop(image, self.view_size, key))
         return to_tensor(centre_crop(image, self.view_size, short_side(self.size)))
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """Not by a copy that waits: on a GPU it would wait for the step before."""
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(device, non_blocking=True)
 
 
 def short_side(size: int) -> int:

@@ -67,8 +67,10 @@ def early_exit(model: FractalNet, x: Tensor, confidence: float = 0.9) -> EarlyEx
         sure = out.softmax(1, dtype=wide).amax(1) >= confidence
         if column == model.columns - 1:
             sure.fill_(True)
-        logits[left[sure]], answered[left[sure]] = out[sure], column
-        left, z = left[~sure], z[~sure]
+        order, many = sure.to(torch.uint8).argsort(descending=True, stable=True), int(sure.sum())
+        answers, others = order[:many], order[many:]  # not by a bool as an index, whose values each would be read for
+        logits[left[answers]], answered[left[answers]] = out[answers], column
+        left, z = left[others], z[others]
         if not len(left):
             break
     return EarlyExit(logits, answered)

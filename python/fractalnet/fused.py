@@ -116,23 +116,31 @@ class Block(nn.Module):
             # Not by a weight of 0: what is not finite in this batch would reach what did not run.
             statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), share)
 
-    def _borrows(self, own: Tensor) -> Tensor:
-        """[1, U]: the units that never ran in the steps of set ``own`` [1] and did in the other's."""
-        here, there = (self.num_batches_tracked.index_select(0, s) for s in (own, 1 - own))
-        return (here == 0) & (there > 0)
+    def _sets(self, alone: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Of a buffer the set that a path reads, and the other one."""
+        if torch.compiler.is_compiling():  # the set is data, so that it is one graph
+            own = (alone.to(self.running_mean.device) % 2).view(1)
+            return lambda t: (t.index_select(0, own)[0], t.index_select(0, 1 - own)[0])
+        set = int(alone) % 2
+        return lambda t: (t[set], t[1 - set])
 
     def statistics(self, alone: Tensor) -> list[Tensor]:
         """Running mean and variance in evaluation, in the shape of a set; the host reads no device.
 
-        Without global drop-path no column runs alone in training: it has the full network's.
+        Without global drop-path no column runs alone in training: it has the full network's. So has a unit that never
+        ran in the steps of its set, and did in the other's.
         """
         held = self.running_mean, self.running_var
         if len(self.running_mean) == 1:
             # With gradients copies: training may move them before the backward of this evaluation.
             return [t[0].clone() if torch.is_grad_enabled() else t[0] for t in held]
-        own = (alone.to(self.running_mean.device) % 2).view(1)
-        borrows = self.per_channel(self._borrows(own))
-        return [torch.where(borrows, t.index_select(0, 1 - own), t.index_select(0, own))[0] for t in held]
+        both = self._sets(alone)
+        (borrows,) = self.per_channel(self._borrows(*both(self.num_batches_tracked)).unsqueeze(0))
+        return [torch.where(borrows, other, own) for own, other in map(both, held)]
+
+    @staticmethod
+    def _borrows(own: Tensor, other: Tensor) -> Tensor:
+        return (own == 0) & (other > 0)
 
     def find(self, c: int, j: int) -> Unit:
         """Column c's j-th unit."""
@@ -148,8 +156,8 @@ class Block(nn.Module):
         A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those.
         """
         if len(self.running_mean) > 1:  # as statistics() has it
-            borrows = self._borrows(torch.tensor([set], device=self.num_batches_tracked.device))
-            set = 1 - set if borrows[0, self.find(c, j).id] else set
+            borrows = self._borrows(self.num_batches_tracked[set], self.num_batches_tracked[1 - set])
+            set = 1 - set if borrows[self.find(c, j).id] else set
         unit = self.unit(c, j, set)
         weight = unit.weight
         if unit.weight_1x1 is not None:

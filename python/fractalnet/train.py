@@ -77,7 +77,8 @@ class Run:
             self.net.path_seed = config.network.get("path_seed", config.seed)
             if self.net.global_mode == "tied" and self.net.granularity == "sample" and fabric.world_size > 1:
                 raise UserError("train: expected granularity batch for global_mode tied on several ranks, got sample")
-        self.net = fabric.strategy.precision.convert_module(self.net).to(fabric.device)
+        self.net = fabric.strategy.precision.convert_module(self.net)
+        self.net.to(fabric.device, memory_format=torch.channels_last)  # stems and plain networks: blocks are
         self.average = self._average()
         if fabric.world_size > 1 and config.sync_bn:
             self._synchronise()
