@@ -68,7 +68,7 @@ def _gradients(ctx: Any, grad: Tensor, *_unused: object) -> Gradients | None:
         ys = [branches.pop(u.id) for u in ends]
         joined = reference.normalised_join(ys, keep[row, ends[0].column :], means, vars, gammas, betas, eps, code)
         source = joined.to(grad.dtype)
-    options = [None] * 8
+    options = [None] * 9
     return gradients(ctx, source, [x, None, conv_bias, gamma, beta, None, None, *options, *weights], grad)
 
 
@@ -76,8 +76,8 @@ class _Block(torch.autograd.Function):
     # *args: of a signature with as many names as a call has arguments, torch.compile takes it that ctx is not one.
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:16]
-        (dense, dropout, eps, flags, save, fixed, backend, group), weights = options, args[16:]
+        ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:17]
+        (dense, live, dropout, eps, flags, save, fixed, backend, group), weights = options, args[17:]
         out, count, batch_mean, batch_var, *saved = _OPS.block_forward.default(
             x,
             list(weights),
@@ -88,6 +88,7 @@ class _Block(torch.autograd.Function):
             var,
             path,
             dense,
+            live,
             dropout,
             eps,
             flags,
@@ -114,7 +115,7 @@ class _Block(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[15:]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[16:]]
         dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
             grad,
             x,
@@ -138,7 +139,7 @@ class _Block(torch.autograd.Function):
             dconv_bias if ctx.conv_bias else None,
             None if gamma is None else dgamma,
             None if beta is None else dbeta,
-            *(None,) * 10,
+            *(None,) * 11,
             *(dweight if needed else None for dweight, needed in zip(dweights, needs[1:], strict=True)),
         )
 
@@ -165,6 +166,7 @@ def fractal_block(
     stats: str = "all",
     group: object = None,
     dense: bool = False,
+    live: Tensor | None = None,
     backend: str | None = None,
 ) -> BlockOutput:
     r"""A fractal block, f_C, of which only the part that lives under a path runs, forward and backward.
@@ -191,6 +193,8 @@ def fractal_block(
         group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
             norm; paths for the batch must be the same on all ranks); None: this process's batch.
         dense: run everything and mask: the definition that skipping is held against, and what a CUDA graph holds.
+        live: with ``dense`` and a path [R, C], which units live, bool [U] on x's device (``schedule.live_units``), of
+            who knows it for many blocks at once: else every block works it out. It is taken for granted.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros; those that require none cost nothing.
         Loss, gradients and statistics equal the dense execution's. Saved for backward: the live joins, convolution
@@ -259,6 +263,14 @@ def fractal_block(
         )
     if path.device.type != "cpu" and not (dense and path.device == x.device):
         raise ValueError(f"{op}: expected path on the CPU, or with dense=True on {x.device}, got {path.device}")
+    if live is not None:
+        if not dense or per_sample:
+            got = f"dense={dense} and path of shape {list(path.shape)}"
+            raise ValueError(f"{op}: expected dense=True and path of shape [{rows}, {columns}] beside live, got {got}")
+        if tuple(checks.tensor(op, "live", live, (torch.bool,)).shape) != (units,) or live.device != x.device:
+            raise ValueError(
+                f"{op}: expected live of shape [{units}] on {x.device}, got {list(live.shape)} on {live.device}"
+            )
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout!r}")
     if not isinstance(dense, bool):
@@ -280,7 +292,7 @@ def fractal_block(
     )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
     result = _Block.apply(  # type: ignore[no-untyped-call]
-        to_layout(x, True), path, bias, *vectors, dense, float(dropout), checks.eps(op, eps), flags, save,
+        to_layout(x, True), path, bias, *vectors, dense, live, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised,
         *wide_weights([[w] for w in weights], x.dtype),
     )  # fmt: skip

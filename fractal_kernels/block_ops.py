@@ -33,8 +33,8 @@ def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
 
 _LIB.define(
     "block_forward(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta, Tensor? mean,"
-    " Tensor? var, Tensor path, bool dense, float dropout, float eps, int flags, bool save, bool fixed, str backend,"
-    " str group)"
+    " Tensor? var, Tensor path, bool dense, Tensor? live, float dropout, float eps, int flags, bool save, bool fixed,"
+    " str backend, str group)"
     " -> Tensor[]"
 )
 _LIB.define(
@@ -55,6 +55,7 @@ def _block_forward(
     var: Tensor | None,
     path: Tensor,
     dense: bool,
+    live: Tensor | None,
     dropout: float,
     eps: float,
     flags: int,
@@ -120,7 +121,7 @@ def _block_forward(
                 joins.append(target)
             source = target
     if training:
-        stats.finish(rows.alive(path, dense), x.shape[0] * x.shape[2] * x.shape[3])
+        stats.finish(rows.alive(path, dense, live), x.shape[0] * x.shape[2] * x.shape[3])
     if not training:
         mean, var = x.new_empty(0), x.new_empty(0)
     return [source, count, mean, var, *joins, *kept]
@@ -335,6 +336,7 @@ def _block_forward_fake(
     var: Tensor | None,
     path: Tensor,
     dense: bool,
+    live: Tensor | None,
     dropout: float,
     eps: float,
     flags: int,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import sync
 from .library import POOL, Flags, empty
-from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule
+from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule, spans
 
 RANGES_PAY = 12_000_000  # on the CPU, measured: benchmarks/bench_depth.py
 
@@ -150,12 +150,14 @@ class Rows:
         self.spread_out = self.several or (self.per_sample and bool(group))
         self.slots = self.schedule.ends if self.spread_out else self.segments[0].plan.joins
 
-    def alive(self, path: Tensor, dense: bool) -> Sequence[int] | Tensor:
+    def alive(self, path: Tensor, dense: bool, live: Tensor | None) -> Sequence[int] | Tensor:
         """The units that live; of a dense execution bool [U]: its path may be on a device, unread by the host."""
         if self.per_sample:
             return range(len(self.schedule.units))
         if not dense:
             return self.segments[0].plan.units
+        if live is not None:
+            return live
         return torch.stack(live_units(self.schedule, path)).to(self.device)
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
@@ -327,19 +329,8 @@ class Statistics:
             torch.mul(alive, count if counted else values, out=count)
             return
         dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
-        for first, last in _ranges(dead if counted else alive):
+        for first, last in spans(dead if counted else alive):
             count[first:last].fill_(0 if counted else values)
-
-
-def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Increasing numbers as half-open ranges: indexing by a tensor would copy it from the host."""
-    found: list[tuple[int, int]] = []
-    for n in numbers:
-        if found and found[-1][1] == n:
-            found[-1] = found[-1][0], n + 1
-        else:
-            found.append((n, n + 1))
-    return found
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:

@@ -59,7 +59,7 @@ def _rows(x: Tensor, weights: list[Tensor], path: Tensor, dense: bool, flags: in
 
 @_of_tensors
 def _block_forward(x: Tensor, weights: list[Tensor], *rest: Any, out_val: Any = None) -> int:
-    path, dense, flags = rest[5], rest[6], rest[9]
+    path, dense, flags = rest[5], rest[6], rest[10]
     return sum(_rows(x, weights, path, dense, flags))
 
 

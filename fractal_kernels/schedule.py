@@ -8,6 +8,7 @@ Both are contiguous ranges that end with column C-1. Source: Larsson et al. 2016
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -117,6 +118,22 @@ def everything(columns: int) -> Plan:
     """The plan of the dense execution: every unit and every join."""
     s = schedule(columns)
     return Plan(s.starts, s.ends, tuple(range(len(s.units))))
+
+
+def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Increasing numbers as half-open ranges: indexing by a tensor would copy it from the host.
+
+    Example:
+        >>> spans([0, 1, 3])
+        [(0, 2), (3, 4)]
+    """
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1] = found[-1][0], n + 1
+        else:
+            found.append((n, n + 1))
+    return found
 
 
 def runs(units: tuple[Unit, ...]) -> list[tuple[Unit, ...]]:

@@ -374,13 +374,13 @@ def test_opcheck(cpu_backend):
     weights = [w.to(memory_format=torch.channels_last) for w in s]
     path = full_path(1, 2).keep[0]
     forward = torch.ops.fractal_kernels.block_forward
-    options = (False, 0.0, 1e-5, 10)
-    arguments = (x, weights, None, vector, vector, None, None, path, *options, True, True, cpu_backend, "")
+    options = (0.0, 1e-5, 10)
+    arguments = (x, weights, None, vector, vector, None, None, path, False, None, *options, True, True, cpu_backend, "")
     torch.library.opcheck(forward, arguments)
     out, count, mean, var, *saved = forward(*arguments)
     backward = torch.ops.fractal_kernels.block_backward
     for needs in ([True, True, True], [False, True, False], [False, False, False]):
-        tail = (False, True, needs, *options, True, cpu_backend, "")
+        tail = (False, True, needs, False, *options, True, cpu_backend, "")
         torch.library.opcheck(
             backward, (torch.randn_like(out), x, weights, vector, vector, mean, var, count, path, saved, *tail)
         )

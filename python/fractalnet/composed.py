@@ -151,6 +151,10 @@ class ComposedBlock(Block):
         """[S, U] in the shape of the running statistics."""
         return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), self.sizes, strict=True)], 1)
 
+    def channels_of(self, first: int, last: int) -> slice:
+        """Where a range of units is in a set of the running statistics."""
+        return slice(sum(self.sizes[:first]), sum(self.sizes[:last]))
+
     def unit(self, c: int, j: int, set: int = 0) -> UnitViews:
         """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,
         ``projection`` [J, K, 1, 1] or None, ``gamma``, ``beta``, ``conv_bias`` and statistics [K].
@@ -176,8 +180,10 @@ class ComposedBlock(Block):
             running_var=var,
         )
 
-    def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
-        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`.
+    def forward(
+        self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False, live: Tensor | None = None
+    ) -> Tensor:
+        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`; ``live`` as in ``fractal_block``.
 
         Per batch only live units run, or with ``dense`` all, masked: then ``keep`` may be on the device, where the host
         does not look at it. Per sample each unit runs on the samples for which it lives: its statistics are theirs, and
@@ -185,9 +191,9 @@ class ComposedBlock(Block):
         """
         self._check(x, keep)
         run = self._run if dense and keep.dim() == 2 else self._uncompiled
-        return run(x, keep, alone, dense)
+        return run(x, keep, alone, dense, live)
 
-    def _run(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool) -> Tensor:
+    def _run(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool, known: Tensor | None) -> Tensor:
         live: list[Tensor] | None = None
         indices: dict[int, Tensor] = {}
         if keep.dim() == 3:
@@ -239,14 +245,17 @@ class ComposedBlock(Block):
                 out = F.max_pool2d(zeros, 2) if row == len(joins) - 1 and self.pool in ("before", "after") else zeros
         if self.training:
             with torch.no_grad():
-                if keep.dim() == 2 and dense:
-                    live = live_units(self.schedule, keep)
-                whole = self.sync_group is None and keep.dim() == 2
-                count = self._count(x, runs, live, x.shape[0] if whole else 1)
-                if self.sync_group is not None:
-                    group = sync.name_of("FractalNet", self.sync_group)
-                    count *= sync.add(count.new_full((1,), x.shape[0]), group)
-                self.track(count, *taken, alone)
+                ran = self.known(keep, dense, known, x.shape[0] * x.shape[2] * x.shape[3])
+                if ran is None:
+                    if keep.dim() == 2 and dense:
+                        live = live_units(self.schedule, keep)
+                    whole = self.sync_group is None and keep.dim() == 2
+                    count = self._count(x, runs, live, x.shape[0] if whole else 1)
+                    if self.sync_group is not None:
+                        group = sync.name_of("FractalNet", self.sync_group)
+                        count *= sync.add(count.new_full((1,), x.shape[0]), group)
+                    ran = count > 1
+                self.track(ran, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)

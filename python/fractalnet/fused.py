@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fractal_kernels import fractal_block
-from fractal_kernels.schedule import Unit, schedule
+from fractal_kernels.schedule import Unit, plan, schedule, spans
 
 from .layers import init_conv
 
@@ -94,27 +94,47 @@ class Block(nn.Module):
         rate = self.rate("block")
         return F.dropout(joined, rate, self.training) if rate else joined
 
-    def track(self, count: Tensor, mean: Tensor, var: Tensor, alone: Tensor) -> None:
-        """Moves the running statistics of the units that ran, in the set of this step; the host reads no device.
+    def known(self, keep: Tensor, dense: bool, live: Tensor | None, values: int) -> Tensor | Sequence[int] | None:
+        """The units that ran, of ``values`` values each, where that takes no look at what was computed."""
+        if self.sync_group is not None or keep.dim() == 3 or torch.compiler.is_compiling():
+            return None
+        if values <= 1:
+            return ()
+        if dense or self.momentum is None or torch._C._are_functorch_transforms_active():
+            return live
+        return plan(self.columns, tuple(keep.flatten().tolist())).units
 
-        ``count`` [U]: values per unit. ``mean``, unbiased ``var``: of this batch, in the shape of a set; of a unit that
-        did not run, anything.
+    def track(self, ran: Tensor | Sequence[int], mean: Tensor, var: Tensor, alone: Tensor) -> None:
+        """Moves the running statistics of the units that ``ran``, numbers or bool [U], in the set of this step.
+
+        The host reads no device. ``mean``, unbiased ``var``: of this batch, in the shape of a set; of a unit that did
+        not run, anything.
         """
-        buffers, ran = [self.num_batches_tracked, self.running_mean, self.running_var], (count > 1).unsqueeze(0)
-        sets = self.running_mean.shape[0]
+        buffers, sets = [self.num_batches_tracked, self.running_mean, self.running_var], self.running_mean.shape[0]
         if torch.compiler.is_compiling():  # the set is data, so that a compiled step is one graph
-            ran = (torch.arange(sets) == alone % sets).to(count.device).unsqueeze(1) & ran
+            assert isinstance(ran, Tensor)
+            ran = (torch.arange(sets) == alone % sets).to(ran.device).unsqueeze(1) & ran
         else:
             buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
+            ran = ran.unsqueeze(0) if isinstance(ran, Tensor) else ran
         tracked, *running = buffers
-        tracked.add_(ran)
-        if self.momentum == 0:
+        pairs = list(zip(running, (mean, var), strict=True))
+        if not isinstance(ran, Tensor) and len(ran):
+            torch._foreach_add_([tracked[0, first:last] for first, last in spans(ran)], 1)  # on a GPU one launch
+        elif isinstance(ran, Tensor):
+            tracked.add_(ran)
+        if self.momentum == 0 or not len(ran):
+            return
+        if not isinstance(ran, Tensor):
+            parts = [self.channels_of(*span) for span in spans(ran)]
+            moved = [(t[0, part], batch[part].to(t.dtype)) for t, batch in pairs for part in parts]
+            torch._foreach_lerp_([t for t, _ in moved], [batch for _, batch in moved], self.momentum)
             return
         share = self.momentum if self.momentum is not None else self.per_channel(tracked.clamp(min=1).reciprocal())
-        moved = self.per_channel(ran)
-        for statistics, batch in zip(running, (mean, var), strict=True):
+        there = self.per_channel(ran)
+        for statistics, batch in pairs:
             # Not by a weight of 0: what is not finite in this batch would reach what did not run.
-            statistics.lerp_(torch.where(moved, batch.to(statistics.dtype), statistics), share)
+            statistics.lerp_(torch.where(there, batch.to(statistics.dtype), statistics), share)
 
     def _sets(self, alone: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Of a buffer the set that a path reads, and the other one."""
@@ -238,6 +258,10 @@ class FractalBlock(Block):
         """[S, U] in the shape of the running statistics."""
         return values.unsqueeze(2)
 
+    def channels_of(self, first: int, last: int) -> slice:
+        """Where a range of units is in a set of the running statistics."""
+        return slice(first, last)
+
     def init_weights(self, init: str) -> None:
         for weight in self.weights:
             init_conv(weight, init, weight.shape[3] * 9, self.channels * 9)  # fans of a unit, not of the wide weight
@@ -262,8 +286,10 @@ class FractalBlock(Block):
             running_var=self.running_var[set, unit.id],
         )
 
-    def forward(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False) -> Tensor:
-        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`."""
+    def forward(
+        self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool = False, live: Tensor | None = None
+    ) -> Tensor:
+        """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`; ``live`` as in ``fractal_block``."""
         mean, var = (None, None) if self.training else self.statistics(alone)
         result = fractal_block(
             x,
@@ -280,9 +306,16 @@ class FractalBlock(Block):
             stats=self.stats,
             group=self.sync_group,
             dense=dense,
+            live=live,
         )
         if self.training:
             with torch.no_grad():
-                unbiased = torch.addcdiv(result.var, result.var, (result.counts - 1).unsqueeze(1))
-                self.track(result.counts, result.mean, unbiased, alone)
+                values = x.shape[0] * x.shape[2] * x.shape[3]
+                ran = self.known(keep, dense, live, values)
+                if ran is None:
+                    ran = result.counts > 1
+                    unbiased = torch.addcdiv(result.var, result.var, (result.counts - 1).unsqueeze(1))
+                else:
+                    unbiased = result.var * (values / max(values - 1, 1))
+                self.track(ran, result.mean, unbiased, alone)
         return self.finish(result.out)

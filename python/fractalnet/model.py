@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import compiling, sync_batch_norm
 from fractal_kernels.ops.exported import foreign_tool
-from fractal_kernels.schedule import MAX_COLUMNS
+from fractal_kernels.schedule import MAX_COLUMNS, live_units, schedule
 
 from . import drop_path, export
 from .composed import ComposedBlock
@@ -302,8 +302,12 @@ class FractalNet(nn.Module, Hub):
 
     def _logits(self, x: Tensor, path: Path, dense: bool = False) -> Tensor:
         """From the stem's output on."""
-        for block, rows in zip(self.blocks, path.keep.unbind(), strict=True):
-            x = block(x, rows, path.alone, dense)
+        live: Sequence[Tensor | None] = [None] * len(self.blocks)
+        if dense and self.training and path.keep.dim() == 3 and not torch.compiler.is_compiling():
+            units = live_units(schedule(self.columns), path.keep.permute(1, 2, 0))  # of all blocks at once
+            live = torch.stack(units).to(x.device, non_blocking=True).unbind(1)
+        for block, rows, own in zip(self.blocks, path.keep.unbind(), live, strict=True):
+            x = block(x, rows, path.alone, dense, own)
         return self.head(x.mean((2, 3)))
 
     @torch.no_grad()
