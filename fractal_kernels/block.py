@@ -15,7 +15,7 @@ from .library import POOL, Flags, accumulate_dtype, to_layout
 from .ops.exported import foreign_tool
 from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .ops.weights import wide_weights
-from .schedule import schedule
+from .schedule import plan, schedule
 
 __all__ = ["BlockOutput", "fractal_block"]
 
@@ -52,15 +52,15 @@ def _gradients(ctx: Any, grad: Tensor, *_unused: object) -> Gradients | None:
     saved = inputs_of(ctx)
     x, path, conv_bias, gamma, beta, mean, var, _ = saved[:8]
     weights: list[Any] = saved[8 : 8 + ctx.rows]
-    plan = schedule(ctx.rows.bit_length())
+    s = schedule(ctx.rows.bit_length())
     keep: Any = path
-    keep = (live_samples(plan.columns, keep) if keep.dim() == 3 and flags & Flags.STATS_LIVE else keep).to(grad.device)
+    keep = (live_samples(s.columns, keep) if keep.dim() == 3 and flags & Flags.STATS_LIVE else keep).to(grad.device)
     fixed = [None, None] if ctx.batch_stats else [mean, var]
     source: Any = x
     branches: dict[int, Tensor] = {}
-    for row, (starts, ends) in enumerate(zip(plan.starts, plan.ends, strict=True)):
+    for row, (starts, ends) in enumerate(zip(s.starts, s.ends, strict=True)):
         bias = None if conv_bias is None else conv_bias[starts[0].id : starts[-1].id + 1].flatten()
-        y = torch.conv2d(source, weights[row], bias, padding=1)
+        y = torch.conv2d(source, weights[row].to(source.dtype), bias, padding=1)
         branches |= {u.id: part for u, part in zip(starts, y.chunk(len(starts), 1), strict=True)}
         means, vars = ([t[u.id] for u in ends] if t is not None else None for t in fixed)
         gammas, betas = ([t[u.id] for u in ends] if t is not None else [] for t in (gamma, beta))
@@ -142,6 +142,17 @@ class _Block(torch.autograd.Function):
             *(None,) * 11,
             *(dweight if needed else None for dweight, needed in zip(dweights, needs[1:], strict=True)),
         )
+
+
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype, columns: int, path: Tensor | None) -> list[Tensor]:
+    """The rows' weights as their convolutions take them; as they are where a path on the host says that none runs."""
+    read = list(weights)
+    rows = list(range(len(read)))
+    if path is not None and not torch.compiler.is_compiling():
+        rows = [r for r, units in enumerate(plan(columns, tuple(path.flatten().tolist())).live) if units]
+    for r, wide in zip(rows, wide_weights([[weights[r]] for r in rows], dtype), strict=True):
+        read[r] = wide
+    return read
 
 
 @compiling.assume_constant_result
@@ -294,6 +305,6 @@ def fractal_block(
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, bias, *vectors, dense, live, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised,
-        *wide_weights([[w] for w in weights], x.dtype),
+        *_cast(weights, x.dtype, columns, None if per_sample or dense else path),
     )  # fmt: skip
     return BlockOutput(*result)

@@ -262,8 +262,8 @@ def _block_backward(
             dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows, zeros)
         for i, total in totals.items():
             ds[i] = total
-    if zeros:
-        torch._foreach_zero_(zeros)
+    for dtype in {z.dtype for z in zeros}:  # a weight that nothing read is not cast
+        torch._foreach_zero_([z for z in zeros if z.dtype == dtype])
     where = {unit: i for i, unit in enumerate(order)}
     zero = mean.new_zeros(channels if len(where) < units else 0)
     dgamma, dbeta = (

@@ -12,13 +12,13 @@ import pytest
 import torch
 from fractalnet import composed
 from fractalnet.composed import ComposedBlock
-from fractalnet.drop_path import full_path, sample_path
+from fractalnet.drop_path import column_path, full_path, sample_path
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fractal_kernels import checks, fractal_block
+from fractal_kernels import block, checks, fractal_block
 from fractal_kernels.ops.weights import wide_weights
 
 LAST = torch.channels_last
@@ -268,3 +268,27 @@ def test_without_gradients_casts_are_of_a_row():
         with torch.set_grad_enabled(enabled), torch.autocast("cpu", BF16), Counted() as mode:
             block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone)
         assert mode.calls["_foreach_copy_"] == (1 if enabled else 2)
+
+
+def test_weights_that_nothing_reads_are_not_cast(monkeypatch):
+    """Of a column alone: the gradients of the other rows' weights are zeros in their own dtype, as those of the dense
+    execution."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 3, (8,), image_size=8)
+    x, path, results, cast = torch.randn(4, 3, 8, 8), column_path(1, 3, 1), [], []
+    spied = lambda groups, dtype: cast.append(len(groups)) or wide_weights(groups, dtype)  # noqa: E731
+    monkeypatch.setattr(block, "wide_weights", spied)
+    for dense in (False, True):
+        own = copy.deepcopy(net)
+        with torch.autocast("cpu", BF16):
+            out = own(x, path=path, dense=dense)
+        gradients = torch.autograd.grad(out.float().square().sum(), list(own.blocks[0].weights), create_graph=True)
+        with torch.autocast("cpu", BF16):
+            own(x, path=path, dense=dense).float().square().sum().backward()
+        results.append([*(g.detach() for g in gradients), *(w.grad for w in own.blocks[0].weights)])
+    assert cast == [2, 2, 4, 4]
+    for sparse, full in zip(*results, strict=True):
+        assert sparse.dtype == torch.float32
+        torch.testing.assert_close(sparse, full, rtol=3e-2, atol=3e-2 * float(full.abs().max()))
+    for row in (1, 3):
+        assert not results[0][row].any() and not results[0][4 + row].any() and results[0][4 + row - 1].any()

@@ -1,0 +1,79 @@
+"""Running statistics of a network's blocks: which units move, however that is known."""
+
+from __future__ import annotations
+
+import copy
+
+import fractalnet
+import pytest
+import torch
+from fractalnet.drop_path import column_path, full_path, sample_path
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fractal_kernels import fractal_block
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}, {"column_widths": (1, 0.5, 0.25)}, {"momentum": None}])
+@pytest.mark.parametrize("path", ["full", "column", "local"])
+def test_statistics_of_paths_that_the_host_knows(options, path):
+    """What moves by slices of the units that ran is what moves under a mask: also a batch with an infinity, and one of
+    a single value."""
+    torch.manual_seed(0)
+    drawn = sample_path(2, 3, 6, global_ratio=0.0, local_drop=0.5, generator=torch.Generator().manual_seed(3))
+    chosen = {"full": full_path(2, 3), "column": column_path(2, 3, 1), "local": drawn}[path]
+    net = fractalnet.FractalNet(5, 3, (8, 16), image_size=8, **options).double()
+    nets = [copy.deepcopy(net) for _ in range(3)]
+    for x in (torch.randn(6, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.full((6, 3, 8, 8), torch.inf)):
+        for own, dense in zip(nets, (False, True, True), strict=True):
+            images = x.double()
+            if own is nets[2]:  # blocks by themselves, which work out what lives
+                for block, keep in zip(own.blocks, chosen.keep.unbind(), strict=True):
+                    images = block(images, keep, chosen.alone, dense)
+            else:
+                own(images, path=chosen, dense=dense)
+    for (name, a), b, c in zip(nets[0].named_buffers(), nets[1].buffers(), nets[2].buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, equal_nan=True, msg=name)
+        assert torch.equal(b.nan_to_num(7.0), c.nan_to_num(7.0)), name
+        if path == "column" and "running" in name:
+            assert torch.equal(a[0], dict(net.named_buffers())[name][0]) and not torch.equal(a[1], b[0])
+
+
+class Names(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}])
+def test_of_all_blocks_at_once(options):
+    """A dense step works out which units live once for the network; a column's has no masks at all."""
+    net = fractalnet.FractalNet(5, 3, (8, 8, 8), image_size=8, **options)
+    x, full, one = torch.randn(4, 3, 8, 8), full_path(3, 3), column_path(3, 3, 2)
+    with Names() as dense:
+        net(x, path=full, dense=True)
+    assert dense.names.count("bitwise_and") == 4 and dense.names.count("bitwise_or") == 1
+    with Names() as column:
+        net(x, path=one)
+    assert not {"bitwise_and", "where", "gt"} & set(column.names)
+    assert column.names.count("_foreach_lerp_") == column.names.count("_foreach_add_") == 3
+
+
+def test_live_is_checked():
+    x, w = torch.randn(2, 3, 8, 8), [torch.randn(8, 3, 3, 3), torch.randn(4, 4, 3, 3)]
+    path, live = torch.ones(2, 2, dtype=torch.bool), torch.tensor([True, False, True])
+    out = fractal_block(x, w, None, None, path, dense=True, live=live)
+    assert out.counts.tolist() == [128, 0, 128]
+    for arguments, words in (
+        ({"live": live}, "expected dense=True and path of shape .2, 2. beside live, got dense=False"),
+        ({"live": live[:2], "dense": True}, "expected live of shape .3. on cpu, got .2. on cpu"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fractal_block(x, w, None, None, path, **arguments)
+    with pytest.raises(TypeError, match="expected live of dtype bool"):
+        fractal_block(x, w, None, None, path, live=live.float(), dense=True)
