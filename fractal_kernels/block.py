@@ -199,7 +199,7 @@ def fractal_block(
         dropout: rate between the convolution and the batch norm, in training.
         pool: 2x2 max-pool of each column "before" the last join, "after" it, or None.
         stats: under a path per sample, a unit's statistics run over "all" samples, and everything runs; or over its
-            "live" ones. Then, if the path is on the CPU and the convolutions are large enough for that to be faster,
+            "live" ones. Then, if all is on the CPU and the convolutions are large enough for that to be faster,
             neighbouring samples that keep one column alone run that column only: sort the batch's paths accordingly.
         group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
             norm; paths for the batch must be the same on all ranks); None: this process's batch.

@@ -174,7 +174,8 @@ class GraphedStep:
         self._recorded: object = None
         self._state: object = None
         self._params: list[list[Tensor]] = []
-        self._moments: list[tuple[Tensor, str, Tensor]] = []
+        self._of_each: list[dict[str, Any]] = []  # of the optimizer's state
+        self._moments: list[tuple[dict[str, Any], str, Tensor]] = []
         self._in_vain = self._replays = 0  # starts anew that came too soon; replays since the last one
         self._rates: list[Tensor] = []
         self._filled: list[float | None] = []
@@ -222,7 +223,11 @@ class GraphedStep:
         state = self.optimizer.state
         if self._recorded != self._settings() or self._state is not state:
             return False
-        return all(p in state and state[p].get(key) is t for p, key, t in self._moments)
+        # In their order, to which others may have been added: to look for a parameter would take its hash, Python code.
+        if any(now is not held for now, held in zip(state.values(), self._of_each, strict=False)):
+            return False
+        there = len(state) >= len(self._of_each)
+        return there and all(held.get(key) is t for held, key, t in self._moments)
 
     def _begin(self) -> bool:
         """Starts anew, after another setting or state; False: this has come so often that graphs are no use."""
@@ -243,7 +248,7 @@ class GraphedStep:
 
     def _forget(self) -> None:
         self._graphs.clear()
-        self._moments = []
+        self._of_each, self._moments = [], []
         if self.capturer is not None:
             self.capturer.forget()
 
@@ -268,7 +273,8 @@ class GraphedStep:
             torch.clear_autocast_cache()
         # Held, so that no other tensor comes to where a replay writes.
         state = self.optimizer.state
-        self._moments = [(p, k, t) for p in state for k, t in state[p].items() if isinstance(t, Tensor)]
+        self._of_each = list(state.values())
+        self._moments = [(held, k, t) for held in self._of_each for k, t in held.items() if isinstance(t, Tensor)]
         return True
 
     @contextmanager
