@@ -74,12 +74,11 @@ def _block_forward(
     rows = Rows(weights, channels, path, dense, flags, x, group if training else "", our_convs)
     dtype = accumulate_dtype(x.dtype)
     count = x.new_empty(units, dtype=dtype)
-    made = [count]
-    if training:
+    if mean is None or var is None:
         mean, var = x.new_empty((units, channels), dtype=dtype), x.new_empty((units, channels), dtype=dtype)
-        made += [mean, var]
-    assert mean is not None and var is not None
-    torch._foreach_zero_(made)  # on a GPU one launch
+    made = [count, mean, var] if training else [count]
+    if not training or rows.several or rows.counted or len(rows.segments[0].plan.units) < units:
+        torch._foreach_zero_(made)  # of what does not run; on a GPU one launch
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]

@@ -206,8 +206,9 @@ class ComposedBlock(Block):
         else:
             chosen = plan(self.columns, tuple(keep.flatten().tolist()))
             runs, joins = set(chosen.units), chosen.joins
-        held = self.running_mean[0], self.running_var[0]
-        taken = [torch.zeros_like(t) for t in held] if self.training else self.statistics(alone)
+        # On a GPU one launch; zeros, as what is not moved stays as it is.
+        zero = self.running_mean.new_zeros((2, sum(self.sizes))) if self.training else None
+        taken = self.statistics(alone) if zero is None else list(zero.unbind())
         parts = Tensor.split if len(runs) == len(self.sizes) else _Split.apply
         split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
         split += [v.split(self.sizes) for v in taken]
