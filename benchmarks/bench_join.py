@@ -147,13 +147,13 @@ def test_mean_join_training(compare: Callable[..., None], dtype: torch.dtype, ki
     """Forward and backward. A mask of one draw for the batch reaches ours as [K], the baselines as [K, N].
 
     This moves the live branches, the output, its gradient and K gradients, of which those of a mask for the batch are
-    one in ours: the copy says how fast that can be on this machine.
+    two in ours: the copy says how fast that can be on this machine.
     """
     mask = make_mask(kind)
     own = mask[:, 0].clone() if kind == "batch" else mask
     inputs, grad = cases.join_inputs(dtype)
     fused = compiled(clean_mean_join)
-    copy = Copy(int(mask.sum()) / N + 2 + (1 if kind == "batch" else K), inputs[0])
+    copy = Copy(int(mask.sum()) / N + 2 + (2 if kind == "batch" else K), inputs[0])
     wide = [x.detach().float().requires_grad_() for x in inputs]
     wide_grad = grad.float()
 

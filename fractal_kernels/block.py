@@ -148,7 +148,8 @@ def _cast(weights: Sequence[Tensor], dtype: torch.dtype, columns: int, path: Ten
     """The rows' weights as their convolutions take them; as they are where a path on the host says that none runs."""
     read = list(weights)
     rows = list(range(len(read)))
-    if path is not None and not torch.compiler.is_compiling():
+    cast = any(w.dtype != dtype for w in weights)
+    if cast and type(path) is Tensor and not torch.compiler.is_compiling():  # of others the host has no values
         rows = [r for r, units in enumerate(plan(columns, tuple(path.flatten().tolist())).live) if units]
     for r, wide in zip(rows, wide_weights([[weights[r]] for r in rows], dtype), strict=True):
         read[r] = wide

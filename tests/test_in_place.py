@@ -73,6 +73,8 @@ def test_gradients_under_a_mask_for_the_batch(live, backend):
         y.grad.mul_(10**i)
     for i, (y, d) in enumerate(zip(ys, before, strict=True)):
         assert torch.equal(y.grad, d * 10**i) and y.grad.stride() == y.stride()
+    for d in torch.autograd.grad(fk.masked_mean_join(ys, mask, backend=backend), ys, grad):
+        d.mul_(2)
 
 
 @pytest.mark.parametrize("channels, size", [(16, 6), (512, 2)])

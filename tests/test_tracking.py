@@ -7,10 +7,11 @@ import copy
 import fractalnet
 import pytest
 import torch
-from fractalnet.drop_path import column_path, full_path, sample_path
+from fractalnet.drop_path import Path, column_path, full_path, sample_path
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fractal_kernels import fractal_block
+from fractal_kernels import fractal_block, masked_mean_join
 
 
 @pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}, {"column_widths": (1, 0.5, 0.25)}, {"momentum": None}])
@@ -77,3 +78,29 @@ def test_live_is_checked():
             fractal_block(x, w, None, None, path, **arguments)
     with pytest.raises(TypeError, match="expected live of dtype bool"):
         fractal_block(x, w, None, None, path, live=live.float(), dense=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("column", [None, 1])
+def test_without_values(training, column):
+    """Where tensors have no values, paths are not looked at more than they have to be."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        net = fractalnet.FractalNet(5, 2, (8, 8), image_size=8).train(training)
+        x = torch.randn(2, 3, 8, 8)
+        path = None if column is None and not training else column_path(2, 2, column or 0)
+        net(x, path=path, dense=training).sum().backward()
+        if not training:
+            assert net(x, column=column).shape == (2, 5)
+        assert net.blocks[0].weights[0].grad.dtype == torch.float32
+        ys = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2)]
+        joined = masked_mean_join(ys, torch.ones(2, dtype=torch.bool)).sum()
+    joined.backward()
+    assert ys[0].grad.shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}])
+def test_a_dense_path_of_another_shape(options):
+    net = fractalnet.FractalNet(5, 3, (8, 8), image_size=8, **options)
+    for shape in ((2, 2, 3), (2, 4, 2)):
+        with pytest.raises(ValueError, match=r"expected (path|keep) bool of shape .*4, 3"):
+            net(torch.randn(2, 3, 8, 8), path=Path(torch.ones(shape, dtype=torch.bool)), dense=True)

@@ -26,6 +26,7 @@ from fractalnet import (  # noqa: E402
     train,
 )
 from fractalnet.__main__ import main  # noqa: E402
+from fractalnet.devices import lay_out  # noqa: E402
 from fractalnet.drop_path import full_path  # noqa: E402
 from fractalnet.formats import Images  # noqa: E402
 from fractalnet.graphed import GraphedStep  # noqa: E402
@@ -336,3 +337,25 @@ def test_one_set_and_two_are_not_mixed_up(monkeypatch):
     assert {name: found["full"] for name, found in scores.items()} == {
         "one set": False, "one set, recalibrated": False, "two sets": True, "two sets, recalibrated": True,
     }  # fmt: skip
+
+
+def test_momenta_of_another_layout():
+    """A checkpoint's of contiguous weights, for weights in channels_last: fused steps read both in memory's order."""
+    torch.manual_seed(0)
+    nets = [torch.nn.Conv2d(4, 6, 3) for _ in range(2)]
+    x, made = torch.randn(2, 4, 8, 8), []
+    for net, fused in zip(nets, (True, False), strict=True):
+        net.load_state_dict(nets[0].state_dict())
+        made.append(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=fused))
+    nets[0](x).square().mean().backward()
+    made[0].step()
+    nets[1].to(memory_format=torch.channels_last).load_state_dict(nets[0].state_dict())
+    made[1].load_state_dict(made[0].state_dict())
+    assert made[1].state[nets[1].weight]["momentum_buffer"].stride() != nets[1].weight.stride()
+    lay_out(made[1])
+    made[1].param_groups[0]["fused"] = True
+    for net, optimizer in zip(nets, made, strict=True):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(nets[1].weight, nets[0].weight)

@@ -52,6 +52,6 @@ def drop_path_mask(
     draws = torch.rand(
         shape, dtype=torch.float32, device=device, **({} if generator is None else {"generator": generator})
     )
-    # Of draws that are all less than p, each is as likely as the others to be the greatest: that branch is revived.
-    keep = draws >= draws.amax(0).clamp(max=p)
+    # The greatest is kept: if not by itself, all are less than p, and each is as likely as the others to be it.
+    keep = (draws >= p).scatter_(0, draws.argmax(0, keepdim=True), True)
     return keep[:, 0] if batch_size is None else keep

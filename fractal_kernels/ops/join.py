@@ -31,8 +31,8 @@ def _known(ctx: Any, mask: Tensor | None) -> list[bool]:
     """Which branches live, where that is one answer for the batch and the host has it; or an empty list."""
     if mask is None:
         return [True] * ctx.branches
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # by what has no values
-    return [] if mask.dim() > 1 or ctx.backend != "cpu" or traced else mask.tolist()
+    plain = type(mask) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    return mask.tolist() if plain and mask.dim() == 1 and ctx.backend == "cpu" else []  # else it may have no values
 
 
 class _PlainJoin(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _PlainJoin(torch.autograd.Function):
         if not ys and (live := _known(ctx, mask)):
             # Every branch that lives has the same gradient: it is computed once, as a + b does.
             share = grad if ctx.flags & Flags.SUM or sum(live) <= 1 else grad / sum(live)
-            zeros = share if all(live) else grad.new_zeros(()).expand_as(grad)
+            zeros = share if all(live) else torch.zeros_like(grad)
             return None, None, None, *(share if alive else zeros for alive in live)
         dys = _OPS.join_backward_apply(grad, ys, mask, [], [], [], [], [], ctx.branches, 0.0, ctx.flags, ctx.backend)
         return None, None, None, *dys

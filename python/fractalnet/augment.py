@@ -137,7 +137,7 @@ class Augment:
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
     """Not by a copy that waits: on a GPU it would wait for the step before."""
-    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1).to(device, non_blocking=True)
 
 
 def short_side(size: int) -> int:

@@ -15,7 +15,7 @@ from .files import UserError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["fabric_for", "is_parallel", "unfuse", "zero_momenta"]
+__all__ = ["fabric_for", "is_parallel", "lay_out", "unfuse", "zero_momenta"]
 
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
@@ -78,6 +78,15 @@ def unfuse(optimizer: torch.optim.Optimizer) -> None:
     """PyTorch has no fused SGD of sharded weights."""
     for group in optimizer.param_groups:
         group["fused"] = False
+
+
+def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's state in the layout of its parameters: fused steps read both in their order in memory, and a
+    checkpoint may have another one."""
+    for p, held in optimizer.state.items():
+        for key, t in held.items():
+            if isinstance(t, torch.Tensor) and t.shape == p.shape and t.stride() != p.stride():
+                held[key] = torch.empty_like(p, dtype=t.dtype).copy_(t)
 
 
 def zero_momenta(optimizer: torch.optim.Optimizer) -> None:

@@ -303,9 +303,11 @@ class FractalNet(nn.Module, Hub):
     def _logits(self, x: Tensor, path: Path, dense: bool = False) -> Tensor:
         """From the stem's output on."""
         live: Sequence[Tensor | None] = [None] * len(self.blocks)
-        if dense and self.training and path.keep.dim() == 3 and not torch.compiler.is_compiling():
-            units = live_units(schedule(self.columns), path.keep.permute(1, 2, 0))  # of all blocks at once
-            live = torch.stack(units).to(x.device, non_blocking=True).unbind(1)
+        if dense and self.training and not torch.compiler.is_compiling():
+            s = schedule(self.columns)
+            if path.keep.shape[1:] == (s.rows, s.columns):  # a path for the batch: of all blocks at once
+                units = live_units(s, path.keep.permute(1, 2, 0))
+                live = torch.stack(units).to(x.device, non_blocking=True).unbind(1)
         for block, rows, own in zip(self.blocks, path.keep.unbind(), live, strict=True):
             x = block(x, rows, path.alone, dense, own)
         return self.head(x.mean((2, 3)))

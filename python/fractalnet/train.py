@@ -21,7 +21,7 @@ from torch import Tensor
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
-from .devices import fabric_for, is_parallel, unfuse, zero_momenta
+from .devices import fabric_for, is_parallel, lay_out, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import UserError, folder_for, require, signals, stopped
 from .graphed import GraphedStep
@@ -305,6 +305,7 @@ class Run:
 
         state = self.state()
         checkpoints.load(self.fabric, path, state, fits)
+        lay_out(self.optimizer.optimizer)
         try:
             place = state["place"]
             if self.average is not None:
