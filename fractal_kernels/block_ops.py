@@ -77,7 +77,7 @@ def _block_forward(
     if mean is None or var is None:
         mean, var = x.new_empty((units, channels), dtype=dtype), x.new_empty((units, channels), dtype=dtype)
     made = [count, mean, var] if training else [count]
-    if not training or rows.several or rows.counted or len(rows.segments[0].plan.units) < units:
+    if not training or len(rows.segments[0].plan.units) < units:
         torch._foreach_zero_(made)  # of what does not run; on a GPU one launch
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])

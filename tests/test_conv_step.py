@@ -8,10 +8,11 @@ import fractalnet
 import pytest
 import torch
 import torch.nn.functional as F
+from fractalnet.drop_path import column_path, full_path
 from torch import Tensor, nn
 
 import fractal_kernels as fk
-from fractal_kernels import conv3x3
+from fractal_kernels import block_rows, conv3x3
 
 pytestmark = pytest.mark.usefixtures("cpu_conv_here")
 LAST = torch.channels_last
@@ -224,3 +225,18 @@ def test_composed_blocks_have_it(memory_format, used, monkeypatch):
     assert used and all(used)
     for a, b in zip(*results, strict=True):
         assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+def test_segments_add_up_in_our_convolution(monkeypatch):
+    """Ranges of a batch, of which several write to one weight's gradient; against fp64's convolutions, PyTorch's."""
+    monkeypatch.setattr(block_rows, "RANGES_PAY", 1)
+    torch.manual_seed(0)
+    paths = (column_path(1, 3, 2), full_path(1, 3), column_path(1, 3, 2))
+    keep = torch.cat([p.keep[0].unsqueeze(2).repeat(1, 1, 4) for p in paths], 2)
+    inputs, grads = [torch.randn(12, 16, 8, 8), *(0.1 * torch.randn(n * 16, 16, 3, 3) for n in (3, 1, 2, 1))], []
+    for dtype in (torch.float32, torch.float64):
+        x, *w = leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
+        fk.fractal_block(x, w, None, None, keep, stats="live", backend="cpu").out.square().sum().backward()
+        grads.append([t.grad.double() for t in leaves])
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()

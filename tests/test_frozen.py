@@ -113,3 +113,17 @@ def test_traced():
     assert [g is None for g in results[0]].count(True) == 1
     for a, b in zip(*results, strict=True):
         assert a is b is None or torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("stats", ["all", "live"])
+def test_paths_in_any_layout(stats):
+    w = [torch.randn(8, 3, 3, 3), torch.randn(4, 4, 3, 3)]
+    x, keep = torch.randn(4, 3, 8, 8), torch.ones(2, 2, 8, dtype=torch.bool)
+    keep[1, 0, ::3] = False
+    for path in (keep[..., ::2], keep[..., :4].permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        assert not path.is_contiguous()
+        found = [
+            fk.fractal_block(x, w, None, None, p, stats=stats).out
+            for p in (path, path.clone(memory_format=torch.contiguous_format))
+        ]
+        assert torch.equal(*found)

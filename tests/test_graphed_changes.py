@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_gpu
 from fractalnet import PlainNet
 from fractalnet.drop_path import column_path
@@ -128,3 +129,89 @@ def test_what_waits_for_other_processes_says_why(monkeypatch):
     assert "gradients of several processes" in _problem(parallel, optimizer, device)
     net.blocks[0][0].bn.sync_group = "0"  # as sync_batch_norm leaves it
     assert "batch norms are synchronised" in _problem(net, optimizer, device)
+
+
+def test_a_capture_that_fails_after_the_backward_leaves_nothing():
+    """Neither gradients, which have no values, nor what a scaler hands to the optimizer."""
+    net, optimizer, _, state = build(NETS["fused"])
+
+    class Fails(Twin):
+        recording = False
+
+        def capture(self, call):
+            self.recording = True
+            try:
+                return call()
+            finally:
+                self.recording = False
+
+    twin = Fails(state)
+
+    def work(x, y, path, dense):
+        F.cross_entropy(net(x, path=path, dense=dense), y).backward()
+        if twin.recording:
+            optimizer.grad_scale = optimizer.found_inf = torch.ones(())
+            raise RuntimeError("not permitted")
+        norm = torch.stack([p.grad.norm() for p in net.parameters()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    step, ((x, y),), path = GraphedStep(net, optimizer, work, capturer=twin, warmup=1), batches(1), column_path(2, 3, 1)
+    first = step(x, y, path)
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        torch.testing.assert_close(step(x, y, path), first)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+
+
+def test_settings_of_the_capture_are_not_the_optimizers():
+    """Adam's capturable is of the capture alone; were it to stay, the next step would be another one."""
+    net, _, _, state = build(NETS["fused"])
+    optimizer = torch.optim.Adam(net.parameters(), lr=2**-6, fused=True)
+    twin = Twin(lambda: state() + [t for held in optimizer.state.values() for t in held.values()])
+
+    def work(x, y, path, dense):
+        loss = F.cross_entropy(net(x, path=path, dense=dense), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1)
+    for x, y in batches(6):
+        step(x, y, column_path(2, 3, 1))
+    assert (twin.captures, twin.replays, step.problem) == (1, 5, "")
+    assert not optimizer.param_groups[0]["capturable"]
+
+
+def test_a_column_that_is_changed_in_place_is_another_one():
+    net, optimizer, work, state = build(NETS["fused"])
+    twin = Twin(state)
+    step, path = GraphedStep(net, optimizer, work, capturer=twin, warmup=1), column_path(2, 3, 1)
+    for i, (x, y) in enumerate(batches(4)):
+        if i == 3:
+            path.keep.copy_(column_path(2, 3, 2).keep)
+        step(x, y, path)
+    assert (twin.captures, twin.replays) == (1, 2)
+
+
+def test_which_networks_and_optimizers_can_be_captured():
+    for options in NETS.values():
+        net, optimizer, _, _ = build(options)
+        assert _problem(net, optimizer, torch.device("cuda")) == ""
+    first, *others = net.parameters()
+    groups = [{"params": [first], "fused": True}, {"params": others, "fused": False}]
+    assert "fused=True" in _problem(net, torch.optim.SGD(groups, lr=0.1), torch.device("cuda"))
+
+
+def test_casts_that_an_outer_autocast_keeps():
+    """A replay makes its own, and ordinary steps use none of a capture's."""
+    net, optimizer, work, state = build(NETS["fused"], dtype=torch.float32)
+    step, path = GraphedStep(net, optimizer, work, capturer=Twin(state), warmup=1), column_path(2, 3, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for i, (x, y) in enumerate(batches(6, dtype=torch.float32)):
+            x, y = (x[:3], y[:3]) if i == 5 else (x, y)  # another shape: an ordinary step
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                wanted = F.cross_entropy(copy.deepcopy(net)(x, path=path), y).detach()
+            got = step(x, y, path)
+            if i:
+                torch.testing.assert_close(got, wanted, rtol=0, atol=2e-3)

@@ -69,7 +69,7 @@ def path_of(kind):
         "full": full_path(2, 3),
         "column": column_path(2, 3, 1),
         "local": sample_path(2, 3, N, local_drop=0.6, global_ratio=0.0, generator=generator),
-    }[{"composed": "local", "silu": "full"}.get(kind, kind)]
+    }[{"composed": "local", "dense": "local", "silu": "full"}.get(kind, kind)]
     return lambda first, last: path
 
 
@@ -81,7 +81,7 @@ def step(model, net, kind, first, last, world):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        logits = model(x[part], path)
+        logits = model(x[part], path, **({"dense": True} if kind == "dense" else {}))
         # Data parallelism averages gradients over ranks, whatever their parts of the batch are.
         (F.cross_entropy(logits, y[part], reduction="sum") * world / N).backward()
         grads = {f"grad {name}": p.grad.clone() for name, p in net.named_parameters()}
@@ -102,7 +102,7 @@ def both(rank, folder, kinds):
             torch.save(step(model, net, kind, first, last, 2), f"{folder}/{kind}{split[0]}{rank}.pt")
 
 
-KINDS = ("joined", "full", "column", "local", "sample", "ranges", "one each", "composed", "silu")
+KINDS = ("joined", "full", "column", "local", "dense", "sample", "ranges", "one each", "composed", "silu")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal_kernels import fractal_block, masked_mean_join
@@ -80,15 +81,15 @@ def test_live_is_checked():
         fractal_block(x, w, None, None, path, live=live.float(), dense=True)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training, dense", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("column", [None, 1])
-def test_without_values(training, column):
+def test_without_values(training, dense, column):
     """Where tensors have no values, paths are not looked at more than they have to be."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         net = fractalnet.FractalNet(5, 2, (8, 8), image_size=8).train(training)
         x = torch.randn(2, 3, 8, 8)
         path = None if column is None and not training else column_path(2, 2, column or 0)
-        net(x, path=path, dense=training).sum().backward()
+        net(x, path=path, dense=dense).sum().backward()
         if not training:
             assert net(x, column=column).shape == (2, 5)
         assert net.blocks[0].weights[0].grad.dtype == torch.float32
@@ -98,9 +99,34 @@ def test_without_values(training, column):
     assert ys[0].grad.shape == (2, 3, 4, 4)
 
 
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_evaluation_traced_by_make_fx(mode):
+    net, x = fractalnet.FractalNet(5, 2, (8, 8), image_size=8).eval(), torch.randn(2, 3, 8, 8)
+    traced = make_fx(lambda x: net(x), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(traced(x), net(x))
+
+
 @pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}])
 def test_a_dense_path_of_another_shape(options):
     net = fractalnet.FractalNet(5, 3, (8, 8), image_size=8, **options)
     for shape in ((2, 2, 3), (2, 4, 2)):
         with pytest.raises(ValueError, match=r"expected (path|keep) bool of shape .*4, 3"):
             net(torch.randn(2, 3, 8, 8), path=Path(torch.ones(shape, dtype=torch.bool)), dense=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [False, True])
+def test_networks_in_half_precision(dtype, dense):
+    net = fractalnet.FractalNet(5, 2, (4,), image_size=8).to(dtype)
+    net(torch.randn(2, 3, 8, 8, dtype=dtype), path=full_path(1, 2), dense=dense)
+    running = net.blocks[0].running_mean
+    assert running.dtype == dtype and running[0].all() and not running[1].any()
+
+
+def test_statistics_that_were_written_by_hand():
+    """Without a count a unit has its own, unless the other set has one."""
+    block = fractalnet.FractalNet(5, 2, (4,), image_size=8).eval().blocks[0]
+    block.running_mean[0].fill_(5)
+    assert [block.statistics(torch.tensor(alone))[0].unique().item() for alone in (0, 1)] == [5, 0]
+    block.num_batches_tracked[0] += 1
+    assert block.statistics(torch.tensor(1))[0].unique().item() == 5

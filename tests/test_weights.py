@@ -292,3 +292,12 @@ def test_weights_that_nothing_reads_are_not_cast(monkeypatch):
         torch.testing.assert_close(sparse, full, rtol=3e-2, atol=3e-2 * float(full.abs().max()))
     for row in (1, 3):
         assert not results[0][row].any() and not results[0][4 + row].any() and results[0][4 + row - 1].any()
+
+
+def test_a_composed_bias_under_autocast():
+    block, path = ComposedBlock(3, (8, 4), activation="silu", conv_bias=True), full_path(1, 2)
+    block.init_weights("he")
+    with torch.autocast("cpu", BF16):
+        out = block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone)
+    out.float().sum().backward()
+    assert out.dtype == BF16 and block.conv_bias.grad.dtype == torch.float32

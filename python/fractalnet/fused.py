@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     def _sets(self, alone: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Of a buffer the set that a path reads, and the other one."""
-        if torch.compiler.is_compiling() or type(alone) is not Tensor:  # the set is data, so that it is one graph
+        if torch.compiler.is_compiling():  # the set is data, so that it is one graph
             own = (alone.to(self.running_mean.device) % 2).view(1)
             return lambda t: (t.index_select(0, own)[0], t.index_select(0, 1 - own)[0])
         set = int(alone) % 2

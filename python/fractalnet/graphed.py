@@ -93,6 +93,8 @@ class _Graph:
         self.masked = path is not None and path.column is None
         if self.masked:
             self.path = Path(torch.empty_like(path.keep, device=device))
+        elif path is not None:
+            self.path = Path(path.keep.clone(), path.column)  # its own, as the graph is of what it was
         self.replay: Callable[[], None] | None = None
         self.out = x
 
