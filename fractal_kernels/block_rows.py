@@ -24,14 +24,14 @@ RANGES_PAY = 12_000_000  # on the CPU, measured: benchmarks/bench_depth.py
 
 def ranges_are_faster(x: Tensor, channels: int) -> bool:
     """Whether the ranges of columns in a batch are worth more, smaller convolutions: if a unit's work is enough. On a
-    GPU, where they are nearly three times as many launches, it has not been measured: no."""
+    GPU, where they are more launches, it has not been measured: no."""
     return x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] * channels**2 >= RANGES_PAY
 
 
 def wide_is_faster(in_channels: int, ours: bool, device: torch.device) -> bool:
     """Whether the convs of a row run as one wide conv rather than one by one: on the CPU, where that was measured to be
-    faster (benchmarks/bench_conv.py). Elsewhere always: it is one launch, of enough blocks for small images to fill a
-    GPU, and no gradients to add up or to gather (benchmarks/bench_gpu_ops.py measures it)."""
+    faster (benchmarks/bench_conv.py). Elsewhere always: one launch, and no gradients to add up or to gather; not
+    measured yet (benchmarks/bench_gpu_ops.py does)."""
     return device.type != "cpu" or in_channels < (256 if ours else 128)
 
 

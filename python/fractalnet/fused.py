@@ -119,16 +119,16 @@ class Block(nn.Module):
             ran = ran.unsqueeze(0) if isinstance(ran, Tensor) else ran
         tracked, *running = buffers
         pairs = list(zip(running, (mean, var), strict=True))
-        if not isinstance(ran, Tensor) and len(ran):
-            torch._foreach_add_([tracked[0, first:last] for first, last in spans(ran)], 1)  # on a GPU one launch
-        elif isinstance(ran, Tensor):
-            tracked.add_(ran)
-        if self.momentum == 0 or not len(ran):
-            return
         if not isinstance(ran, Tensor):
-            parts = [self.channels_of(*span) for span in spans(ran)]
-            moved = [(t[0, part], batch[part].to(t.dtype)) for t, batch in pairs for part in parts]
-            torch._foreach_lerp_([t for t, _ in moved], [batch for _, batch in moved], self.momentum)
+            if ran:
+                torch._foreach_add_([tracked[0, first:last] for first, last in spans(ran)], 1)  # on a GPU one launch
+            if ran and self.momentum:
+                parts = [self.channels_of(*span) for span in spans(ran)]
+                moved = [(t[0, part], batch[part].to(t.dtype)) for t, batch in pairs for part in parts]
+                torch._foreach_lerp_([t for t, _ in moved], [batch for _, batch in moved], self.momentum)
+            return
+        tracked.add_(ran)
+        if self.momentum == 0:
             return
         share = self.momentum if self.momentum is not None else self.per_channel(tracked.clamp(min=1).reciprocal())
         there = self.per_channel(ran)

@@ -226,9 +226,7 @@ class GraphedStep:
         if self._recorded != self._settings() or self._state is not state:
             return False
         # In their order, to which others may have been added: to look for a parameter would take its hash, Python code.
-        if any(now is not held for now, held in zip(state.values(), self._of_each, strict=False)):
-            return False
-        there = len(state) >= len(self._of_each)
+        there = [*map(id, state.values())][: len(self._of_each)] == [*map(id, self._of_each)]
         return there and all(held.get(key) is t for held, key, t in self._moments)
 
     def _begin(self) -> bool:
