@@ -25,10 +25,6 @@ class Net:
     image: int = 32
     options: tuple[tuple[str, object], ...] = ()  # further ones of FractalNet, which the baselines know too
 
-    @property
-    def more(self) -> dict[str, object]:
-        return dict(self.options)
-
 
 NETS = {
     "c3": Net("C = 3, channels 16…128, batch 50", 3, (16, 32, 64, 128, 128), 50, 24, 2),

@@ -138,7 +138,8 @@ def rates() -> dict[str, Any]:
     for _ in range(int(1 / product)):  # about a second of work, during which the clocks are read
         a @ a
     facts = {"copy_gb_per_s": 2e-9 * source.numel() / copy, "bf16_tflop_per_s": 2e-12 * 8192**3 / product}
-    return {**facts, "clocks": clocks()}
+    query = "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version"
+    return {**facts, "clocks": told("nvidia-smi", query, "--format=csv,noheader")}
 
 
 def version(package: str) -> str | None:
@@ -154,11 +155,6 @@ def told(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown: {error}"
-
-
-def clocks() -> str:
-    query = "--query-gpu=clocks.sm,clocks.mem,power.limit,driver_version"
-    return told("nvidia-smi", query, "--format=csv,noheader")
 
 
 class Round:

@@ -20,14 +20,14 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 BRANCHES, CHANNELS = 3, 64  # of a kernel's row that does not say how many
 
 # Per kernel: operations per element of a branch, operations per output element, passes over the branches' tensors, and
-# outputs (or their gradients) passed, in units of a branch's elements. Read off fractal_kernels/triton/maths.py: an
+# outputs (or their gradients) passed, in units of a branch's elements. Read off fractal_kernels/triton: an
 # addition, multiplication or comparison is one. What is done once per channel or per program counts nothing.
 #   y - mean, *scale, +shift: 3    a ReLU or its gate: 1    the sum over the branches, with its factor: 1
 #   2x2 window: 3 comparisons for 4 elements, of which one goes on    its gradient's route: 1
 #   sums of dz and of dz*(y - mean): 3    dz*scale: 1, + centre + slope*(y - mean): 3    gradient*weight: 1 per output
-#   Welford: y - origin 1, minus mean 1, mean 2, squares 3
+#   statistics: y - one of the values 1, its sum 1, the sum of its squares 2; merges are per several values
 COUNTS = {
-    "stats": (7, 0, 1, 0),
+    "stats": (4, 0, 1, 0),
     "mean": (1, 0, 1, 1),
     "forward": (5, 0, 1, 1),
     "forward_pool": (4.25, 0, 1, 0.25),
@@ -77,7 +77,7 @@ def checked(result: dict[str, Any]) -> dict[str, list[Row]]:
             where = f"row {row['what']!r}"
             need(row, ("unit", "contenders", "ratios", "extra"), where)
             need(row["contenders"], ("ours",), f"{where}, contenders")
-            for name, figures in [*row["contenders"].items()]:
+            for name, figures in row["contenders"].items():
                 need(figures, ("figure",), f"{where}, contender {name}")
             for name, figures in row["ratios"].items():
                 need(figures, ("figures",), f"{where}, ratio {name}")

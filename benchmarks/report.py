@@ -74,9 +74,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [HEADER, *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(gpu_report.aligned([HEADER, *map(cells, rows)]))
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:

@@ -45,7 +45,7 @@ def unsettle(model: nn.Module, net: Net) -> None:
 def three_nets(net: Net) -> tuple[nn.Module, PublicFractalNet, DenseFractalNet]:
     """The same weights in ours, the public-style network (NCHW) and the dense one (channels_last)."""
     torch.manual_seed(0)
-    shape, options = (net.classes, net.columns, net.channels), {"image_size": net.image, **net.more}
+    shape, options = (net.classes, net.columns, net.channels), {"image_size": net.image, **dict(net.options)}
     ours = fractalnet.FractalNet(*shape, **options)
     unsettle(ours, net)
     public, dense = PublicFractalNet(*shape, **options), DenseFractalNet(*shape, **options)

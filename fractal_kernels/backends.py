@@ -22,8 +22,6 @@ import torch
 
 from . import compiling
 
-__all__ = ["BackendUnavailable", "available_backends", "use_backend"]
-
 # In the order in which automatic tries them. On an H100 the two for a GPU move about as many bytes a second in
 # channels_last, the compiled kernels more of them where pixels are contiguous, and these take the host less time.
 NAMES = ("cpu", "cuda", "triton", "reference")

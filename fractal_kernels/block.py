@@ -17,8 +17,6 @@ from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .ops.weights import wide_weights
 from .schedule import plan, schedule
 
-__all__ = ["BlockOutput", "fractal_block"]
-
 _OPS = torch.ops.fractal_kernels
 
 
@@ -287,8 +285,7 @@ def fractal_block(
         raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout!r}")
     if not isinstance(dense, bool):
         raise TypeError(f"{op}: expected dense True or False, got {dense!r}")
-    checks.choice(op, "pool", pool, [None, "before", "after"])
-    checks.choice(op, "stats", stats, ["all", "live"])
+    flags = checks.join_options(op, "mean", "branch", pool, stats)
     synchronised = sync.name_of(op, group) if mean is None else ""
     if mean is None and x.shape[0] * x.shape[2] * x.shape[3] == 1 and not synchronised:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x of shape {list(x.shape)}")
@@ -297,8 +294,6 @@ def fractal_block(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dtype = accumulate_dtype(x.dtype)
     vectors = [None if t is None else t.to(dtype).contiguous() for t in (gamma, beta, mean, var)]
-    flags = int(Flags.RELU_BRANCH | {None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}[pool])
-    flags |= int(Flags.STATS_LIVE) if stats == "live" else 0
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )

@@ -88,11 +88,9 @@ def segments(columns: int, path: Tensor, dense: bool, live: bool, x: Tensor, cha
             return [Segment(0, batch, everything(columns), path.to(device))]
         return [Segment(0, batch, plan(columns, tuple(path.flatten().tolist())), None)]
     keep = live_samples(columns, path) if live else path
-    whole = [Segment(0, batch, everything(columns), keep.contiguous().to(device, non_blocking=True))]
+    mask = keep.contiguous().to(device, non_blocking=True)
     if dense or not live or path.device.type != "cpu" or not ranges_are_faster(x, channels):
-        return whole
-    mask = whole[0].mask
-    assert mask is not None
+        return [Segment(0, batch, everything(columns), mask)]
     return [
         Segment(at, size, everything(columns), mask[..., at : at + size].contiguous())
         if column < 0
@@ -137,7 +135,6 @@ class Rows:
     ) -> None:
         self.columns = len(weights).bit_length()
         self.rows, self.channels, self.flags = len(weights), channels, flags
-        self.inner_flags = flags & ~POOL  # of all joins but the last
         self.our_convs = our_convs
         self.batch, self.device = x.shape[0], x.device
         self.schedule = schedule(self.columns)
@@ -163,9 +160,6 @@ class Rows:
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
         wide = wide_is_faster(weights[row].shape[1], self.our_convs, self.device)
-        if not self.several:
-            units = self.segments[0].plan.live[row]
-            return [Conv(0, self.batch, group, (0,)) for group in (runs(units) if wide else [(u,) for u in units])]
         found: list[Conv] = []
         for i, segment in enumerate(self.segments):
             units = segment.plan.live[row]
@@ -192,7 +186,7 @@ class Rows:
         return wide if channels == wide.shape[0] else wide.narrow(0, self.offset(group), channels)
 
     def join_flags(self, row: int) -> int:
-        return self.flags if row == self.rows - 1 else self.inner_flags
+        return self.flags if row == self.rows - 1 else self.flags & ~POOL
 
     def keeps_join(self, row: int) -> bool:
         """Whether a join is saved. One branch's is one pass over that branch, and is computed again in backward."""

@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["assume_constant_result", "disable"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

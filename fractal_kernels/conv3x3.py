@@ -8,8 +8,6 @@ from torch import Tensor
 
 from . import cpu_conv, tiny_conv
 
-__all__ = ["Kernel", "kernel"]
-
 
 class Kernel(Protocol):
     def fits(self, x: Tensor, weight: Tensor, backend: str) -> bool: ...

@@ -15,8 +15,6 @@ from torch import Tensor
 from . import backends
 from .library import empty
 
-__all__ = ["computes", "conv", "conv_backward", "fits"]
-
 _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 

@@ -23,8 +23,6 @@ from .block_rows import segments
 from .library import Flags
 from .schedule import schedule
 
-__all__ = ["FORMULAS"]
-
 _OPS = torch.ops.fractal_kernels
 
 

@@ -21,9 +21,6 @@ from torch.nn.parameter import is_lazy
 
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
 
-__all__ = ["FuseReport", "fuse", "unfuse"]
-
-
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
 SOMETIMES = "its only use is a torch.nn.ReLU module in some calls, not in others (training, evaluation, options)"

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from . import backends
 
-__all__ = ["Flags", "accumulate_dtype", "empty", "in_one_layout", "to_layout"]
-
 MAX_BRANCHES = 8
 
 

@@ -19,8 +19,6 @@ from .ops.exported import TRANSFORM, foreign_tool
 from .ops.join import bn_relu_join, masked_mean_join
 from .ops.recompute import recomputed
 
-__all__ = ["BNReLUJoin", "BatchNormReLU2d", "ConvBNReLU", "DropPathJoin", "MeanJoin", "sync_batch_norm"]
-
 
 class MeanJoin(nn.Module):
     """:func:`masked_mean_join` as a module.
@@ -63,8 +61,7 @@ class DropPathJoin(nn.Module):
         checks.join_options("DropPathJoin", "mean", "none", pool, "all")
         self.pool = pool
         checks.probability("DropPathJoin", "p", p)
-        if granularity not in ("batch", "sample"):
-            raise ValueError(f"DropPathJoin: expected granularity 'batch' or 'sample', got {granularity!r}")
+        checks.choice("DropPathJoin", "granularity", granularity, ["batch", "sample"])
         self.p = p
         self.granularity = granularity
 
@@ -276,7 +273,7 @@ class BNReLUJoin(nn.Module):
         """Per branch, whether its statistics see this batch; None: they do."""
         if mask is None or (mask.dim() == 2 and self.stats == "all"):
             return [None] * len(self.bns)
-        live = (mask != 0).reshape(len(self.bns), -1).any(1)
+        live = mask.reshape(len(self.bns), -1).any(1)
         tracks = any(bn.training and bn.track_running_stats for bn in self._norms())
         if mask.dim() == 2 and self.sync_group is not None and tracks:  # or has some on another rank
             group = sync.name_of("BNReLUJoin", self.sync_group)

@@ -62,8 +62,7 @@ def _joined(zs: List, mask: Tensor | None, flags: int) -> Tensor:
 
 def _unpool(value: Tensor, grad: Tensor) -> Tensor:
     """The gradient of a 2x2 max-pool of ``value``: all of it to the largest element of each window."""
-    where = F.max_pool2d(value, 2, return_indices=True)[1]
-    where = where.flatten(2)
+    where = F.max_pool2d(value, 2, return_indices=True)[1].flatten(2)
     flat = grad.reshape(where.shape)  # flatten() takes no batch of gradients
     return torch.zeros_like(value).flatten(2).scatter(2, where, flat).view_as(value)
 

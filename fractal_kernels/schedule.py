@@ -138,10 +138,5 @@ def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 def runs(units: tuple[Unit, ...]) -> list[tuple[Unit, ...]]:
     """Units of one row as runs of neighbouring columns: each can be one conv on a slice of the wide weight."""
-    groups: list[list[Unit]] = []
-    for unit in units:
-        if groups and groups[-1][-1].id + 1 == unit.id:
-            groups[-1].append(unit)
-        else:
-            groups.append([unit])
-    return [tuple(group) for group in groups]
+    own = {u.id: u for u in units}
+    return [tuple(own[i] for i in range(first, last)) for first, last in spans(own)]

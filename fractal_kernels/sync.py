@@ -56,11 +56,6 @@ def merge(mean: Tensor, var: Tensor, count: Tensor, group: str) -> None:
     count.copy_(total.squeeze(1))
 
 
-def add(sums: Tensor, group: str) -> Tensor:
-    """The sum over all ranks."""
-    return _gathered(sums, group).sum(0)
-
-
 _LIB.define("sync_stats(Tensor mean, Tensor var, Tensor count, str group) -> (Tensor, Tensor, Tensor)")
 _LIB.define("sync_sums(Tensor sums, str group) -> Tensor")
 
@@ -73,8 +68,9 @@ def _sync_stats(mean: Tensor, var: Tensor, count: Tensor, group: str) -> tuple[T
 
 
 @torch.library.impl(_LIB, "sync_sums", "CompositeExplicitAutograd")
-def _sync_sums(sums: Tensor, group: str) -> Tensor:
-    return add(sums, group)
+def add(sums: Tensor, group: str) -> Tensor:
+    """The sum over all ranks."""
+    return _gathered(sums, group).sum(0)
 
 
 @torch.library.register_fake("fractal_kernels::sync_stats", lib=_LIB)

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .library import empty
 
-__all__ = ["conv", "conv_backward", "fits"]
-
 
 def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether this case is here: 2x2 images and enough channels for matrix products, the CPU backend, float32."""

@@ -14,6 +14,7 @@ Image = pytest.importorskip("PIL.Image")
 datasets = pytest.importorskip("datasets")
 
 from fractalnet import sources, trained  # noqa: E402
+from fractalnet.augment import to_tensor  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 from fractalnet.formats import Files, Images  # noqa: E402
 from image_files import damaged_jpeg, encoded, expected, pixels, write_folder, write_parquet  # noqa: E402
@@ -123,7 +124,7 @@ def test_folder_of_large_images_is_streamed(tmp_path):
     found = sources.load(f"folder:{write_folder(tmp_path, kind='jpg', size=(40, 60))}", image_size=16)
     assert isinstance(found.train, Files) and found.streamed and (found.channels, found.image_size) == (3, 16)
     with Image.open(tmp_path / "train" / "dog" / "0.jpg") as image:
-        assert torch.equal(found.train.read(3), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        assert torch.equal(to_tensor(found.train.open(3)), torch.from_numpy(np.array(image)).permute(2, 0, 1))
     assert all(0.4 < m < 0.6 for m in found.mean) and all(0 < s < 0.3 for s in found.std)
 
 
@@ -185,7 +186,7 @@ def test_damaged_streamed_file_is_named(tmp_path):
     (tmp_path / "test" / "cat" / "1.png").write_bytes(good[:70] + bytes(20) + good[90:])
     found = sources.load(f"folder:{tmp_path}", image_size=16)
     with pytest.raises(UserError, match="test/cat/1.png: cannot be decoded"):
-        found.test.read(1)
+        found.test.open(1)
 
 
 def test_incomplete_folder(tmp_path):

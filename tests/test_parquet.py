@@ -10,6 +10,7 @@ datasets = pytest.importorskip("datasets")
 pq = pytest.importorskip("pyarrow.parquet")
 
 from fractalnet import sources  # noqa: E402
+from fractalnet.augment import to_tensor  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 from fractalnet.formats import Rows  # noqa: E402
 from image_files import damaged_jpeg, encoded, expected, pixels, write_cifar, write_parquet  # noqa: E402
@@ -52,8 +53,8 @@ def test_imagenet(tmp_path):
     write_parquet(tmp_path, {"train": 6, "test": 1, "validation": 4}, size=(40, 60), files=1)
     found = sources.load("imagenet", tmp_path, image_size=32)
     assert found.streamed and len(found.test) == 4 and found.image_size == 32
-    assert found.train.read(2).shape == (3, 40, 60)
-    assert torch.equal(pickle.loads(pickle.dumps(found.train)).read(2), found.train.read(2))  # as for a worker
+    image, sent = (to_tensor(files.open(2)) for files in (found.train, pickle.loads(pickle.dumps(found.train))))
+    assert image.shape == (3, 40, 60) and torch.equal(sent, image)  # as for a worker
 
 
 def test_a_file_that_was_replaced_is_read_again(tmp_path):

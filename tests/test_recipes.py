@@ -190,7 +190,19 @@ def test_work_and_live_fraction():
     stemmed = FractalNet(10, 2, (4,), image_size=32, stem="resnet", last_pool=False)
     assert summary.work(stemmed, 3, 32) == 16 * 16 * 49 * 3 * 64 + 8 * 8 * 9 * (2 * 64 * 4 + 4 * 4) + 40
     assert summary.live_fraction(net) == pytest.approx(0.59, abs=0.02)
-    assert summary.live_fraction(FractalNet(10, 3, (4,), image_size=8, local_drop=0, global_ratio=0)) == 1
+    for options in ({"local_drop": 0, "global_ratio": 0}, {"granularity": "sample"}):  # or masked
+        assert summary.live_fraction(FractalNet(10, 3, (4,), image_size=8, **options)) == 1
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--optimizer.momentum", "0"], ["optimizer: Nesterov"]),
+    (["--network.in_channels", "3"], ["--network.in_channels: expected 1 for digits"]),
+    (["--network.image_size", "16"], ["--network.image_size: expected 8 for digits"]),
+    (["--devices", "²"], ["--devices: expected a whole number"]),
+])  # fmt: skip
+def test_a_dry_run_refuses_what_a_run_does(options, words, refused):
+    for dry in ([], ["--dry-run"]):
+        refused(["train", "digits", *dry, *options], words)
 
 
 def test_unknown_recipe():

@@ -8,8 +8,6 @@ from .. import checks
 from ..library import Flags
 from .join import normalised_join
 
-__all__ = ["bn_relu"]
-
 
 def bn_relu(
     x: Tensor,

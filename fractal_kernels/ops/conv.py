@@ -14,8 +14,6 @@ from . import exported
 from .bn_relu import normalised
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
-__all__ = ["conv2d_1x1_pooled", "conv2d_3x3", "conv_bn_relu", "is_plain_3x3"]
-
 _OPS = torch.ops.fractal_kernels
 _ONE, _NONE = [1, 1], [0, 0]
 _LIB.define("conv3x3(Tensor x, Tensor weight, str backend) -> Tensor")

@@ -10,8 +10,6 @@ from torch import Tensor
 from .. import checks
 from ..library import MAX_BRANCHES
 
-__all__ = ["drop_path_mask"]
-
 
 def drop_path_mask(
     num_branches: int,

@@ -12,8 +12,6 @@ from torch import Tensor
 from .. import checks, compiling, reference
 from ..library import Flags, accumulate_dtype
 
-__all__ = ["TRANSFORM", "foreign_tool", "join"]
-
 TRANSFORM = "a transform of torch.func"
 
 

@@ -13,8 +13,6 @@ from ..library import Flags, accumulate_dtype
 from . import exported
 from .twice import Gradients, gradients, inputs_of, twice_differentiable
 
-__all__ = ["bn_relu_join", "masked_mean_join"]
-
 _OPS = torch.ops.fractal_kernels
 
 

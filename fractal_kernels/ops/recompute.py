@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .join import again, can_come_again, in_checkpoint
 
-__all__ = ["recomputed"]
-
 
 class _Again:
     """Stands for a join's output among what operators save; holds the output from its first use to its last one."""

@@ -17,8 +17,6 @@ from torch.autograd import function
 
 from .. import checks
 
-__all__ = ["gradients", "inputs_of", "is_batched", "twice_differentiable"]
-
 Gradients = tuple[Tensor | None, ...]
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .exported import foreign_tool
 from .twice import is_batched
 
-__all__ = ["wide_weights"]
-
 
 class _Cast(torch.autograd.Function):
     """Groups of weights as wide ones of another dtype; ``sizes``: of how many weights each."""

@@ -20,9 +20,8 @@ from torch import Tensor
 from ..library import POOL, Flags
 from . import config, kernels
 
-__all__ = ["channel_stats", "join_backward_apply", "join_backward_reduce", "join_forward"]
-
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+FLAGS = {name: int(Flags[name]) for name in ("SUM", "RELU_BRANCH", "RELU_OUTPUT", "POOL_BEFORE", "POOL_AFTER")}
 MOST = 2**31 - 2**16  # pixels of a sample: those of a tile are counted in 32 bits
 List = list[Tensor]
 
@@ -72,7 +71,6 @@ class _Call:
         norm: bool = True,
         edges: bool = False,
     ) -> None:
-        f = Flags(flags)
         self.pool, self.channels = bool(flags & POOL), y.shape[1]
         height, width = (y.shape[2], y.shape[3]) if self.pool else (1, _pixels(y))
         step, more = (2, int(edges)) if self.pool else (1, 0)  # edges: windows that are cut off too
@@ -90,13 +88,7 @@ class _Call:
         choice = config.look_up(self.case)
         self.untuned = choice is None
         self.take(choice or self.case.candidates()[0])
-        self.flags = {
-            "SUM": Flags.SUM in f,
-            "RELU_BRANCH": Flags.RELU_BRANCH in f,
-            "RELU_OUTPUT": Flags.RELU_OUTPUT in f,
-            "POOL_BEFORE": Flags.POOL_BEFORE in f,
-            "POOL_AFTER": Flags.POOL_AFTER in f,
-        }
+        self.flags = {name: bool(flags & bit) for name, bit in FLAGS.items()}
 
     def take(self, choice: config.Choice) -> None:
         self.choice = choice

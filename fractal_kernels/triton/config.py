@@ -172,10 +172,8 @@ chosen: dict[Case, Choice] = {}
 
 def look_up(case: Case) -> Choice | None:
     """The choice for a call; None where it is to be tuned now."""
-    return chosen.get(case) or _find(case)
+    if (choice := chosen.get(case)) is None:
+        from . import tuning  # late: `python -m fractal_kernels.triton.tuning` imports this package first
 
-
-def _find(case: Case) -> Choice | None:
-    from . import tuning  # late: `python -m fractal_kernels.triton.tuning` imports this package first
-
-    return tuning.find(case)
+        choice = tuning.find(case)
+    return choice

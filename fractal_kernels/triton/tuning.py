@@ -29,8 +29,6 @@ from .. import __version__
 from . import config
 from .config import Case, Choice
 
-__all__ = ["find", "tune"]
-
 TABLE = Path(__file__).with_name("tuned.json")
 GAIN = 0.98  # of the rule's time: less of a gain is noise, and not worth another binary
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -73,7 +73,6 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
 
         print(dry_run(found, plain, name))
         return
-    require("lightning", "torchmetrics", "matplotlib", "tqdm")
     from . import train
 
     out = out or Path("runs") / name.replace("/", "-")
@@ -92,6 +91,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def run_anytime(arguments: argparse.Namespace) -> None:
+    if arguments.out:
+        require("matplotlib")
     model, content = trained.unpack_fractal(arguments.checkpoint)
     split, device = trained.split(content, arguments.root), "cuda" if torch.cuda.is_available() else "cpu"
     x, y = split.test_x.to(device), split.test_y.to(device)
@@ -101,7 +102,6 @@ def run_anytime(arguments: argparse.Namespace) -> None:
         rows = anytime.exits(model, x, y)
         print(f"\n{anytime.exits_table(rows, len(y))}")
         if arguments.out:
-            require("matplotlib")
             found = {"images": len(y), **study.machine(), "rows": rows}
             write(arguments.out, {"anytime.json": outputs.as_json(found), "anytime.png": plots.early_exit(rows)})
 

@@ -15,8 +15,6 @@ from .early_exit import early_exit
 from .evaluate import CHUNK, alternate, contenders, grid, score
 from .model import FractalNet
 
-__all__ = ["CONFIDENCES", "answers", "answers_table", "exits", "exits_table"]
-
 CONFIDENCES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -66,7 +64,7 @@ def exits(model: FractalNet, x: Tensor, y: Tensor) -> list[dict[str, Any]]:
     def whole(_: int = 0, **how: Any) -> Tensor:
         return torch.cat([model(part, **how) for part in x.split(CHUNK)])
 
-    def early(_: int = 0, confidence: float = 0.0) -> tuple[Tensor, ...]:
+    def early(_: int = 0, *, confidence: float) -> tuple[Tensor, ...]:
         parts = [early_exit(model, part, confidence) for part in x.split(CHUNK)]
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 

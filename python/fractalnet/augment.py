@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from .sources import Dataset
 
-__all__ = ["Augment", "centre_crop", "random_resized_crop", "ten_crop", "to_tensor"]
-
 PADDINGS = ("zero", "reflect", "black")
 NORMALISATIONS = ("mean", "std")
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the area, width / height

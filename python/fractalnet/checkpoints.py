@@ -19,9 +19,6 @@ from .files import UserError, sync_folder
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["NAME", "last_good", "load", "prune", "prove", "save", "saved", "step_of"]
-
-
 NAME = f"step-{'[0-9]' * 9}.ckpt"
 
 

@@ -19,9 +19,6 @@ from fractal_kernels.schedule import Unit, live_units, plan
 from .fused import ACTIVATIONS, Block, UnitViews, as_conv
 from .layers import init_conv
 
-__all__ = ["ComposedBlock"]
-
-
 KINDS = ("3x3", "1x1")  # of convolutions, in the order of UnitViews
 
 
@@ -102,8 +99,6 @@ class ComposedBlock(Block):
         >>> block(torch.randn(2, 3, 8, 8), path.keep[0], path.alone).shape
         torch.Size([2, 8, 4, 4])
     """
-
-    sync_group: object = None  # set by fractal_kernels.sync_batch_norm
 
     def __init__(
         self,

@@ -17,8 +17,6 @@ import torch
 
 from .files import UserError, require
 
-__all__ = ["Config", "Data", "Schedule", "load", "paper", "parser", "recipes"]
-
 FOLDER = resources.files(__package__) / "recipes"
 HEAD = ": python -m fractalnet train"  # follows the recipe's name in the first line of a run's config.yaml
 PRECISIONS = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
@@ -218,14 +216,7 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
         recipe = merged(yaml.safe_load(text) or {} for text in files(name))
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"recipe {name}: not a YAML mapping ({' '.join(str(error).split())})") from error
-    return parse(recipe, argv, f"recipe {name}", also)
-
-
-def parse(recipe: dict[str, Any], argv: Sequence[str], what: str, also: str) -> tuple[Config, dict[str, Any]]:
-    """:func:`load`, from plain values."""
-    import yaml
-
-    made = parser()
+    what, made = f"recipe {name}", parser()
     made.add_argument("--recipe", action="config")
     given = {a.partition("=")[0] for a in dashes(argv)}
     if "--network.name" in given and "name" not in recipe.get("network", {}):
@@ -288,5 +279,5 @@ def check(found: Any, what: str) -> None:
         value = found.get(key)
         if value is not None and not holds(value):
             raise UserError(f"{what}: --{key}: expected a number in {bounds}, got {value}")
-    if found.devices != "auto" and not (found.devices.isdigit() and int(found.devices)):
+    if found.devices != "auto" and not (found.devices.isdecimal() and int(found.devices)):
         raise UserError(f"{what}: --devices: expected a whole number >= 1 or auto, got {found.devices!r}")

@@ -15,8 +15,6 @@ from .files import UserError
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["fabric_for", "is_parallel", "lay_out", "unfuse", "zero_momenta"]
-
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fractal_kernels import compiling
 from fractal_kernels.schedule import schedule
 
-__all__ = ["MIXTURES", "Path", "Rate", "column_path", "full_path", "generator_for", "rate", "sample_path", "tied_loss"]
+from .layers import check
 
 MIXTURES = ("random", "alternating")
 Rate = float | Sequence[Sequence[float]]
@@ -75,8 +75,8 @@ def full_path(blocks: int, columns: int) -> Path:
 
 def column_path(blocks: int, columns: int, column: int) -> Path:
     """One column alone through the whole network."""
-    if not isinstance(column, int) or not 0 <= column < columns:
-        raise ValueError(f"column_path: expected column from 0 to {columns - 1}, got {column!r}")
+    inside = isinstance(column, int) and 0 <= column < columns
+    check("column_path", "column", inside, f"from 0 to {columns - 1}", column)
     only = torch.zeros(columns, dtype=torch.bool, device="cpu")
     only[column] = True
     return Path((_ends(columns) & only).expand(blocks, -1, -1).clone(), column)
@@ -181,12 +181,9 @@ def sample_path(
         >>> sample_path(5, 3, 50).keep.shape
         torch.Size([5, 4, 3])
     """
-    if granularity not in ("batch", "sample"):
-        raise ValueError(f"sample_path: expected granularity 'batch' or 'sample', got {granularity!r}")
-    if mixture not in MIXTURES:
-        raise ValueError(f"sample_path: expected mixture 'random' or 'alternating', got {mixture!r}")
-    if not isinstance(batch_size, int) or batch_size < 0:
-        raise ValueError(f"sample_path: expected batch_size >= 0, got {batch_size!r}")
+    check("sample_path", "granularity", granularity in ("batch", "sample"), "'batch' or 'sample'", granularity)
+    check("sample_path", "mixture", mixture in MIXTURES, "'random' or 'alternating'", mixture)
+    check("sample_path", "batch_size", isinstance(batch_size, int) and batch_size >= 0, ">= 0", batch_size)
     for name, value in (("local_drop", local_drop), ("global_ratio", global_ratio)):
         check_rate("sample_path", name, value)
     if mixture == "alternating":  # the share of global steps among the first ones is always the ratio, rounded down

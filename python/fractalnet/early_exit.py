@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from . import drop_path
-from .layers import is_number
+from .layers import check, is_number
 
 if TYPE_CHECKING:
     from .model import FractalNet
-
-__all__ = ["EarlyExit", "early_exit"]
 
 
 class EarlyExit(NamedTuple):
@@ -53,8 +51,7 @@ def early_exit(model: FractalNet, x: Tensor, confidence: float = 0.9) -> EarlyEx
     """
     if model.training:
         raise ValueError("early_exit: expected a model in evaluation mode, got one in training mode; call model.eval()")
-    if not is_number(confidence) or not 0 <= confidence <= 1:
-        raise ValueError(f"early_exit: expected confidence in [0, 1], got {confidence!r}")
+    check("early_exit", "confidence", is_number(confidence) and 0 <= confidence <= 1, "in [0, 1]", confidence)
     z = model.stem(x)
     answered = torch.empty(len(x), dtype=torch.int64, device=x.device)
     left = torch.arange(len(x), device=x.device)

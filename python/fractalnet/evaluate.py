@@ -21,8 +21,6 @@ from .zoo import create, resolved
 if TYPE_CHECKING:
     from .train import Run
 
-__all__ = ["build", "compare_steps", "measure", "scores", "step_table", "table"]
-
 Network = FractalNet | PlainNet
 CHUNK = 500  # images at a time where only the result matters
 BATCHES = (1, 100)  # images at a time where time is taken

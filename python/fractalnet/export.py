@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from .fused import Block
     from .model import FractalNet
 
-__all__ = ["fold", "load_column", "plain", "save_column", "to_exported_program", "to_onnx", "to_pt2"]
-
 FORMAT = "fractalnet column 1"
 
 # What a column's file may be built of: per layer, the attributes that are its constructor's arguments.

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["Stopped", "UserError", "folder_for", "require", "signals", "stopped", "sync_folder", "write"]
-
 
 class UserError(Exception):
     """What the person who runs a command can mend; shown as one line."""

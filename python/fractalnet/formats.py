@@ -17,15 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .augment import to_tensor
 from .files import UserError, require
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
     from PIL.Image import Image
-
-__all__ = ["Encoded", "Files", "Images", "cifar_binary", "decoded", "folder", "parquet", "rows"]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp")
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
@@ -78,10 +75,6 @@ class Files:
     def open(self, i: int) -> Image:
         """Image i in RGB; UserError names the file that cannot be decoded."""
         return decode(self.encoded, i)[0]
-
-    def read(self, i: int) -> Tensor:
-        """Image i, uint8 [3, H, W]."""
-        return to_tensor(self.open(i))
 
 
 # --- decoding ----------------------------------------------------------------------------------

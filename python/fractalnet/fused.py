@@ -14,8 +14,6 @@ from fractal_kernels.schedule import Unit, plan, schedule, spans
 
 from .layers import init_conv
 
-__all__ = ["ACTIVATIONS", "Block", "FractalBlock", "UnitViews"]
-
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -48,6 +46,8 @@ class Block(nn.Module):
     ``pool`` is the 2x2 max-pool "before" or "after" the last join, "average", or None. ``dropout`` is a rate, and
     ``dropout_place`` where: between "conv" and norm, after each "activation", or once on the output of the "block".
     """
+
+    sync_group: object = None  # set by fractal_kernels.sync_batch_norm
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class FractalBlock(Block):
         **options: object,
     ) -> None:
         super().__init__(in_channels, channels, columns, **options)
-        self.channels, self.stats, self.sync_group = channels, stats, None
+        self.channels, self.stats = channels, stats
         units = len(self.schedule.units)
         self.weights = nn.ParameterList(
             torch.empty(len(row) * channels, 3, 3, in_channels if r == 0 else channels)

@@ -21,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .drop_path import Path
 from .model import FractalNet
 
-__all__ = ["GraphedStep"]
-
 PATIENCE, WORTH = 10, 10  # times one after the other that a start anew came before so many replays
 
 Work = Callable[[Tensor, Tensor, Path | None, bool], Tensor]

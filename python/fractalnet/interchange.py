@@ -24,8 +24,6 @@ try:
 except ImportError as error:
     PyTorchModelHubMixin, _WHY = None, str(error)
 
-__all__ = ["NAMINGS", "Hub", "load", "save"]
-
 EPS = 1e-5  # of their batch norms; their files do not hold it
 SHOWN = 5  # mismatches that an error lists
 

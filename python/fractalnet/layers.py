@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from fractal_kernels import ConvBNReLU
 
-__all__ = ["check", "check_flags", "check_network", "init_conv", "new_head", "plain_stem", "plain_step", "resnet_stem"]
-
 STEM_CHANNELS = 64
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 from torch.utils.data import Dataset as TorchDataset
 
 from .augment import Augment
 from .drop_path import generator_for
 from .files import UserError
 from .formats import Files, Images
-
-__all__ = ["Loader"]
 
 ORDER, BATCH, SAMPLE = 101, 102, 103  # what a key's numbers are drawn for
 GRACE = 20  # seconds that a worker goes on after SIGTERM
@@ -45,10 +42,6 @@ def linger(_: int) -> None:
     until it has written its checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
-def itself(batch: Any) -> Any:
-    return batch
 
 
 class Loader:
@@ -100,7 +93,7 @@ class Loader:
             Views(images, augment, seed),
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=itself,
+            collate_fn=default_convert,
             worker_init_fn=linger,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,

@@ -32,8 +32,6 @@ from .layers import (
 )
 from .recalibrate import recalibrate
 
-__all__ = ["FractalBlock", "FractalNet"]
-
 
 class FractalNet(nn.Module, Hub):
     """FractalNet: B fractal blocks with 2x2 pooling, global average, linear classifier.
@@ -325,8 +323,8 @@ class FractalNet(nn.Module, Hub):
             >>> torch.allclose(net.extract_column(1)(x), net(x, column=1), atol=1e-5)
             True
         """
-        if not isinstance(c, int) or not 0 <= c < self.columns:
-            raise ValueError(f"extract_column: expected c from 0 to {self.columns - 1}, got {c!r}")
+        inside = isinstance(c, int) and 0 <= c < self.columns
+        check("extract_column", "c", inside, f"from 0 to {self.columns - 1}", c)
         layers = [] if isinstance(self.stem, nn.Identity) else plain_stem(self.stem)
         for block in self.blocks:
             layers += block.column_layers(c, set=block.running_mean.shape[0] - 1)

@@ -32,7 +32,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 from . import checkpoints, evaluate, plots, trained
-from .config import FREE, Config, load, paper
+from .config import FREE, HEAD, Config, load, paper
 from .files import UserError, write
 from .model import FractalNet
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from .train import Run
-
-__all__ = ["Log", "compare", "conclude", "differences", "find", "flat", "introduce", "prepare", "versions"]
 
 WAIT = 10.0  # seconds for the data workers of a training that was killed, which hold its lock until they notice
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
@@ -180,9 +178,7 @@ class Log:
             return
         import yaml
 
-        text = (
-            f"# {name}: python -m fractalnet train config.yaml does it again\n{yaml.safe_dump(plain, sort_keys=False)}"
-        )
+        text = f"# {name}{HEAD} config.yaml does it again\n{yaml.safe_dump(plain, sort_keys=False)}"
         files = {"config.yaml": text.encode(), "environment.json": as_json(environment() | {"data": data})}
         write(self.out, files)
 

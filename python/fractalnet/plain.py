@@ -22,8 +22,6 @@ from .layers import (
     resnet_stem,
 )
 
-__all__ = ["PlainNet"]
-
 
 class _Step(ConvBNReLU):
     """A step with dropout where the fractal blocks have it: between convolution and batch norm."""
@@ -117,9 +115,7 @@ class PlainNet(nn.Module):
             if last_pool or b < len(channels) - 1:
                 block.append(nn.MaxPool2d(2) if pool == "max" else nn.AvgPool2d(2))
             self.blocks.append(block)
-        self.head = nn.Linear(width, num_classes)
-        nn.init.xavier_uniform_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = new_head(self, width, num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
         """As :meth:`FractalNet.reset_classifier`."""

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["accuracies", "columns", "depth", "early_exit", "losses", "probes", "steps"]
-
 FULL = "#1b1b1b"
 FUSED, EAGER = "#0072b2", "#c8c8c8"
 

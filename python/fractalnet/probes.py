@@ -18,8 +18,6 @@ from .fused import ACTIVATIONS
 from .model import FractalNet
 from .sources import Split
 
-__all__ = ["features", "measure", "run", "table"]
-
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 

@@ -13,8 +13,6 @@ from . import drop_path
 if TYPE_CHECKING:
     from .model import FractalNet
 
-__all__ = ["recalibrate"]
-
 
 @torch.no_grad()
 def recalibrate(

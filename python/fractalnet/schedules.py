@@ -11,8 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 if TYPE_CHECKING:
     from .config import Schedule
 
-__all__ = ["factor", "scheduler"]
-
 
 def halvings(epoch: int, epochs: int) -> int:
     """How often the remaining epochs have halved when `epoch` (from 0) begins: the largest k with 2^k * left <= epochs.

@@ -16,8 +16,6 @@ from .drop_path import generator_for
 from .files import UserError, require
 from .formats import Files, Images, OtherSize, cifar_binary, decode, decoded, each, folder, one_line, parquet, rows
 
-__all__ = ["NAMES", "Dataset", "load"]
-
 MEMORY = 2 << 30  # bytes of decoded images up to which a set is kept in memory
 SAMPLE = 1000  # training images of which mean and std of a streamed set are taken
 STREAMED_SIZE = 224

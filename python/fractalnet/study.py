@@ -1,6 +1,6 @@
 """Studies of the paper's claims on real data: does depth hurt, and what do two sets of running statistics buy?
 
-Both train on scikit-learn's digits, draw and print what they find, and keep every number as JSON.
+Both train on scikit-learn's digits, print what they find (`depth` draws it too), and keep every number as JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from .files import folder_for, require, write
 from .model import FractalNet
 from .plain import PlainNet
 from .schedules import factor
-
-__all__ = ["depth", "depth_table", "fit", "losses", "statistics", "statistics_table"]
 
 CHANNELS = (16, 32, 32)
 BATCH, LR, EPOCHS = 50, 0.02, 40  # the paper's batch and learning rate (section 4.3)
@@ -205,7 +203,7 @@ def statistics(epochs: int, seeds: Sequence[int], out: Path) -> dict[str, Any]:
     One training per seed and number of sets. Statistics do not act on training, so both reach the same weights; what
     differs is what they are evaluated with.
     """
-    require("sklearn", "matplotlib", "tqdm")
+    require("sklearn", "tqdm")
     from tqdm import tqdm
 
     recipe = Recipe(epochs, 0.02, batch_size=64, nesterov=True, weight_decay=5e-4, shift=1)

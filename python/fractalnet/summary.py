@@ -12,12 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fractal_kernels.flops import FORMULAS
 from fractal_kernels.schedule import plan, schedule
 
-from . import drop_path, evaluate, sources
+from . import drop_path, evaluate, sources, train
 from .config import Config
 from .evaluate import Network
 from .model import FractalNet
-
-__all__ = ["dry_run", "live_fraction", "work"]
 
 # Classes, channels, side and training images of the sets that are known by name.
 KNOWN = {
@@ -39,7 +37,10 @@ def work(model: Network, channels: int, size: int) -> int:
 
 
 def live_fraction(model: FractalNet) -> float:
-    """The mean share of a block's convolutions that run under the model's drop-path, at the start of the training."""
+    """The mean share of a block's convolutions that run under the model's drop-path, at the start of the training;
+    with a path per sample joins are masked, and all do."""
+    if model.granularity == "sample":
+        return 1.0
     generator = torch.Generator().manual_seed(0)
     rates = {key: drop_path.rate(getattr(model, key), 0) for key in ("local_drop", "global_ratio")}
     if model.global_mode == "tied":
@@ -61,8 +62,8 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
         facts = (len(data.classes), data.channels, data.image_size, len(data.train))
     classes, channels, size, images = facts
     size = config.data.image_size or size
-    shape = {"num_classes": classes, "in_channels": channels, "image_size": size}
-    model = evaluate.build({**shape, **config.network}, f"recipe {name}").train()
+    model, _ = train.network(config, config.data.source, classes, channels, size, f"recipe {name}")
+    model.train()
     parameters = sum(p.numel() for p in model.parameters())
     batches = -(-images // config.batch_size)
     macs = work(model, channels, size)
@@ -74,7 +75,7 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
     how = {"path": drop_path.full_path(len(model.channels), model.columns)} if fractal else {}
     saved = evaluate.saved_bytes(model, lambda: F.cross_entropy(model(few, **how), torch.zeros(2, dtype=torch.long)))
     saved *= config.batch_size / 2 * {"fp64": 2, "bf16": 0.5, "fp16": 0.5}.get(config.precision, 1)
-    optimizer = config.optimizer(model.parameters())
+    optimizer = train.optimizer_for(config, model, f"recipe {name}")
     moments = 1 if optimizer.param_groups[0].get("momentum") else 2 if "betas" in optimizer.param_groups[0] else 0
     copies = 2 + moments + (config.ema is not None)
     weights = copies * parameters * (8 if config.precision == "fp64" else 4)

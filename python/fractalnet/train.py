@@ -34,23 +34,30 @@ from .schedules import scheduler as scheduler_for
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["Run", "run"]
-
 AGREE_EVERY = 10  # steps between two looks at whether a rank was told to stop
 
 
-def network(config: Config, dataset: sources.Dataset, what: str) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
-    """The network of a recipe for these images, and all the arguments that make it."""
-    shape = {"num_classes": len(dataset.classes), "in_channels": dataset.channels, "image_size": dataset.image_size}
-    if len(dataset.classes) < 2:
-        raise UserError(f"data {dataset.name}: expected 2 classes or more, got {len(dataset.classes)}")
+def network(
+    config: Config, data: str, classes: int, channels: int, image_size: int, what: str
+) -> tuple[FractalNet | PlainNet, dict[str, Any]]:
+    """The network of a recipe for such images, and all the arguments that make it."""
+    shape = {"num_classes": classes, "in_channels": channels, "image_size": image_size}
+    if classes < 2:
+        raise UserError(f"data {data}: expected 2 classes or more, got {classes}")
     arguments = {**shape, **config.network}
     for name, value in shape.items():
         got, many = arguments[name], name == "num_classes"
         if not is_whole(got) or (got < value if many else got != value):
             there = f"{value} or more" if many else str(value)
-            raise UserError(f"{what}: --network.{name}: expected {there} for {dataset.name}, got {got!r}")
+            raise UserError(f"{what}: --network.{name}: expected {there} for {data}, got {got!r}")
     return evaluate.build(arguments, what), arguments
+
+
+def optimizer_for(config: Config, net: torch.nn.Module, what: str) -> torch.optim.Optimizer:
+    try:
+        return config.optimizer(net.parameters())
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{what}: optimizer: {' '.join(str(error).split())}") from error
 
 
 class Run:
@@ -72,7 +79,8 @@ class Run:
         self.holdout = Loader(self.data.test, size, augment=self.augment.eval(), shuffle=False, **common)
 
         torch.manual_seed(config.seed)
-        self.net, self.arguments = network(config, self.data, f"recipe {name}")
+        shape = len(self.data.classes), self.data.channels, self.data.image_size
+        self.net, self.arguments = network(config, self.data.name, *shape, f"recipe {name}")
         if isinstance(self.net, FractalNet):
             self.net.path_seed = config.network.get("path_seed", config.seed)
             if self.net.global_mode == "tied" and self.net.granularity == "sample" and fabric.world_size > 1:
@@ -84,10 +92,7 @@ class Run:
             self._synchronise()
         model = torch.compile(self.net) if config.compile else self.net
         self.model = fabric.setup_module(model)
-        try:
-            self.optimizer = fabric.setup_optimizers(config.optimizer(self.net.parameters()))
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"recipe {name}: optimizer: {' '.join(str(error).split())}") from error
+        self.optimizer = fabric.setup_optimizers(optimizer_for(config, self.net, f"recipe {name}"))
         kind = type(self.optimizer.optimizer).__name__
         unfit = {"LBFGS": "it calls the step again", "SparseAdam": "its gradients are sparse"}
         if config.strategy == "fsdp":

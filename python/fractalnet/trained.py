@@ -24,8 +24,6 @@ from .model import FractalNet
 if TYPE_CHECKING:
     from .config import Data
 
-__all__ = ["facts", "for_users", "holdout", "pack", "split", "unpack", "unpack_fractal", "views", "whole_state"]
-
 FORMAT = "fractalnet checkpoint 3"
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from .model import FractalNet
 from .plain import PlainNet
 
-__all__ = ["create", "list_models", "load", "resolved"]
-
 _ULTRA = {"channels": (16, 32, 64, 128, 128), "num_classes": 100}
 _FRACTAL: dict[str, dict[str, Any]] = {
     # Table 1: CIFAR and SVHN, 20 layers; dropout of the regularised rows.
