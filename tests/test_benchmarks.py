@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -31,15 +31,16 @@ TINY = {
 COMPILED = TINY | {
     "composed": Net("tiny", 2, (8, 16), 4, 4, 1, 5, 8, (("column_widths", (1, 0.5)), ("kernel_mix", 0.5)))
 }
+CELLS = (("fused", "bf16"), ("composed", "fp32"), ("stem", "fp16"))
 AGAIN = ("graphs", "autotuned")
 COMPILES = ("compiled", "own", *AGAIN)
 
 
-@pytest.mark.parametrize(
-    "against, drop_path",
-    [*((against, "mixture") for against in bench_gpu_steps.AGAINST), ("eager", "off"), ("own", "off")],
-)
-@pytest.mark.parametrize("name, precision", [("fused", "bf16"), ("composed", "fp32"), ("stem", "fp16")])
+@pytest.mark.parametrize("name, precision, against, drop_path", [
+    *((*cell, against, "mixture") for cell, against in product(CELLS, bench_gpu_steps.AGAINST)),
+    *((*cell, "eager", "off") for cell in CELLS),
+    ("fused", "bf16", "own", "off"),
+])  # fmt: skip
 def test_the_steps_of_a_gpu_on_the_cpu(name, precision, against, drop_path, monkeypatch):
     """Every contender of a GPU's rows agrees with the others and steps; the compiler only traces here.
 

@@ -279,9 +279,8 @@ def test_joins_that_keep_nothing_are_zeros_in_both(clear):
         before = [b.clone() for b in net.buffers()]
         out = net(x, path=Path(keep))
         out.sum().backward()
-        assert out.shape == (len(x), 5) and all(
-            p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters()
-        )
+        assert out.shape == (len(x), 5)
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
         if clear == "no samples":
             assert all(torch.equal(a, b) for a, b in zip(before, net.buffers(), strict=True))
         outs.append(net.blocks[0](x, keep[0], torch.tensor(0)))
@@ -307,10 +306,14 @@ def test_initial_weights_are_of_their_own_fans():
 
 @pytest.mark.parametrize("pool, size", [("before", 4), ("after", 4), ("average", 4), (None, 8)])
 def test_where_nothing_is_kept(pool, size):
-    block = ComposedBlock(3, (4, 4), activation="silu", pool=pool)
+    """Nor is anything read: outputs and gradients of parameters are zeros."""
+    block = ComposedBlock(3, (4, 2), activation="silu", pool=pool, conv_bias=True)
     block.init_weights("he")
     nothing = torch.zeros(2, 2, 5, dtype=torch.bool)
-    assert block(torch.randn(5, 3, 8, 8), nothing, torch.tensor(0)).shape == (5, 4, size, size)
+    out = block(torch.randn(5, 3, 8, 8), nothing, torch.tensor(0))
+    out.sum().backward()
+    assert out.shape == (5, 4, size, size) and not out.any()
+    assert not any(p.grad.any() for p in block.parameters())
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"], ids=["fused", "composed"])

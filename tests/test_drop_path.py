@@ -159,7 +159,12 @@ def test_errors(option, message):
         sample_path(1, 2, 3, mixture="coin")
 
 
-def trained(rank, folder, granularity):
+def trained(rank, folder):
+    for granularity in ("batch", "sample"):
+        train(rank, folder, granularity)
+
+
+def train(rank, folder, granularity):
     net = small(granularity=granularity)
     torch.manual_seed(100 + rank)  # ranks draw their data, and whatever else, from different generators
     parallel = DistributedDataParallel(net)  # every parameter must get a gradient on every rank, or this hangs
@@ -175,10 +180,15 @@ def trained(rank, folder, granularity):
     torch.save({"paths": [p.keep for p in paths], "weights": weights}, f"{folder}/{granularity}{rank}.pt")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    two_ranks.run(trained, path := tmp_path_factory.mktemp("ranks"))
+    return path
+
+
 @pytest.mark.parametrize("granularity", ["batch", "sample"])
-def test_two_ranks(tmp_path, granularity):
-    two_ranks.run(trained, tmp_path, granularity)
-    a, b = (torch.load(tmp_path / f"{granularity}{rank}.pt") for rank in range(2))
+def test_two_ranks(folder, granularity):
+    a, b = (torch.load(folder / f"{granularity}{rank}.pt") for rank in range(2))
     same = [torch.equal(p, q) for p, q in zip(a["paths"], b["paths"], strict=True)]
     assert len(same) == 8 and (all(same) if granularity == "batch" else not any(same))
     assert torch.equal(a["weights"], b["weights"])

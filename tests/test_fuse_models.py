@@ -273,16 +273,15 @@ def relus_of(model: nn.Module, x: Tensor) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled(training):
+@pytest.mark.parametrize("training, shared, left", [(True, True, 4), (False, False, 2)])
+def test_compiled(training, shared, left):
     """The compiler has no ReLU that has nothing left to do; one that does other work too does all of it."""
-    for shared, left in ((False, 2), (True, 4)):
-        model, x = ResNet(shared).double().train(training), torch.randn(4, 3, 6, 6, dtype=torch.float64)
-        eager = copy.deepcopy(model)
-        fuse(model)
-        assert relus_of(copy.deepcopy(model), x) == left and relus_of(copy.deepcopy(eager), x) == 5
-        torch._dynamo.reset()
-        assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), eager, x)
+    model, x = ResNet(shared).double().train(training), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    eager = copy.deepcopy(model)
+    fuse(model)
+    assert relus_of(copy.deepcopy(model), x) == left and relus_of(copy.deepcopy(eager), x) == 5
+    torch._dynamo.reset()
+    assert_same(torch.compile(model, backend="aot_eager", fullgraph=True), eager, x)
 
 
 class Elsewhere(Base):

@@ -124,8 +124,9 @@ def children(process):
     return [int(pid) for pid in path.read_text().split()]
 
 
+@ALL
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("victim", ["other", pytest.param("first", marks=ALL)])
+@pytest.mark.parametrize("victim", ["other", "first"])
 def test_a_rank_dies(tmp_path, victim):
     """The rest ends with an error, and does not wait for it; what it had saved is whole, and goes on."""
     process = start(tmp_path, "run", "--devices", "2", epochs=2000, save_every=4)

@@ -254,6 +254,7 @@ class ComposedBlock(Block):
                 self.track(ran, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
+        unused += [v for v in (self.gamma, self.beta, self.conv_bias) if v is not None and not runs]
         return self.finish(_WithZeros.apply(out, *unused) if unused else out)
 
     _uncompiled = compiling.disable(_run)  # which units run is the host's to read from keep
