@@ -118,7 +118,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             self.training or self.running_mean is None,
             advance(self),
             self.eps,
-            group=self.sync_group,
+            group=self.sync_group if self.training else None,
         )
         if self.marks and not torch.compiler.is_compiling():
             out.rectified = None if out.is_inference() else out._version  # type: ignore[attr-defined]
@@ -316,7 +316,7 @@ class BNReLUJoin(nn.Module):
             pool=self.pool,
             stats=self.stats,
             normalised=normalised,
-            group=self.sync_group,
+            group=self.sync_group if first.training else None,
         )
 
 

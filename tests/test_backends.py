@@ -169,6 +169,15 @@ def test_with_an_extension_that_does_not_load():
     assert "does not load (undefined symbol: aoti_torch_x)" in done.stdout and "rebuild it" in done.stdout
 
 
+def test_what_an_extension_itself_lacks_is_not_hidden(monkeypatch):
+    def lacking(name):
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    with monkeypatch.context() as patched, pytest.raises(ModuleNotFoundError, match="other"):
+        patched.setattr(backends.importlib, "import_module", lacking)
+        backends._load("_C", "cpu", "C++", "a C++ compiler")
+
+
 def test_environment_names_a_missing_backend():
     code = MISSING + "fk.masked_mean_join([torch.ones(1, 1)])"
     done = python(code, FRACTAL_BACKEND="cpu")

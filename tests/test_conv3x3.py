@@ -142,6 +142,7 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
         (x, weight(16, 512).contiguous(), "cpu"),
         (x.double(), weight(16, 512).double(), "cpu"),
         (x.bfloat16(), weight(16, 512).bfloat16(), "cpu"),
+        (images(2, 512, 2, 3), weight(4, 512), "cpu"),
         (images(2, 32, 4, 4), weight(20, 32), "cpu"),
         (images(2, 36, 4, 4), weight(16, 36), "cpu"),
     ):

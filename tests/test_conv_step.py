@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fractalnet.drop_path import column_path, full_path
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import fractal_kernels as fk
 from fractal_kernels import block_rows, conv3x3
@@ -80,6 +81,39 @@ def test_is_the_library_s_elsewhere(case, used):
     assert float((y - want).detach().norm()) <= 1e-5 * float(want.detach().norm())
 
 
+def test_is_that_of_the_backend_that_was_named(used):
+    fk.conv_bn_relu(*operands(), *[None] * 4, True, backend="reference")
+    assert used == [None]
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Doubled])
+def test_fuse_leaves_other_convolutions(kind):
+    """Padded by other values than zeros, or of a class of their own."""
+    net = nn.Sequential(kind(16, 16, 3, padding=1, bias=False, padding_mode="circular")).to(memory_format=LAST)
+    x, expected = operands()[0], net(operands()[0])
+    fk.fuse(net, recompute=True)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_the_backward_of_a_gradient_in_another_layout():
+    (x, weight), grad = (t.detach() for t in operands()), torch.randn(4, 32, 9, 9)
+    backward = torch.ops.fractal_kernels.conv3x3_backward
+    found = (backward(g, x, weight, True, True, "cpu") for g in (grad, grad.to(memory_format=LAST)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fuse_leaves_a_step_that_computes_again():
+    model = nn.Sequential(fk.ConvBNReLU(3, 8, recompute=True))
+    fk.fuse(model)
+    assert model[0].conv.recompute
+
+
 def test_one_channel_keeps_the_layout():
     """Images of one channel are in both layouts; what follows is to stay contiguous where the model is."""
     x, weight = operands(c=1, memory_format=torch.contiguous_format)
@@ -101,6 +135,12 @@ def test_operators(channels):
     torch.library.opcheck(ops.conv3x3.default, (x, weight, "cpu"), test_utils=checks)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops.conv3x3_backward.default, (grad, x, weight, *needs, "cpu"), test_utils=checks)
+
+
+def test_operators_give_channels_last_of_any_layout():
+    """As their fakes say, where it is the library that computes."""
+    y = torch.ops.fractal_kernels.conv3x3(*operands(memory_format=torch.contiguous_format), "reference")
+    assert y.is_contiguous(memory_format=LAST)
 
 
 def test_compiles_without_graph_breaks():
@@ -185,6 +225,11 @@ def test_the_library_reports_wrong_operands(x, words):
         conv(x.to(memory_format=LAST))
 
 
+def test_the_library_reports_a_weight_of_another_dtype():
+    with pytest.raises(RuntimeError, match="expected .*type|should be the same"):
+        fk.ConvBNReLU(16, 16).to(memory_format=LAST).double().conv(operands()[0])
+
+
 def test_meta_tensors_and_dynamic_sizes():
     module = fk.ConvBNReLU(16, 16).to(memory_format=LAST)
     dynamic = {"x": {2: torch.export.Dim("h", min=2, max=64)}}
@@ -194,6 +239,16 @@ def test_meta_tensors_and_dynamic_sizes():
     x = torch.randn(2, 16, 11, 8).to(memory_format=LAST)
     torch.testing.assert_close(exported.module()(x), module(x))
     assert module.to("meta")(torch.randn(2, 16, 8, 8, device="meta")).shape == (2, 16, 8, 8)
+
+
+def test_compiled_once_for_few_pixels_and_many():
+    """Whether there are enough pixels for ours is asked when the graph runs: it guards no size of a batch."""
+    counter = CompileCounter()
+    _, weight = operands(c=256, k=256)
+    few, many = (torch.randn(n, 256, 1, 2).to(memory_format=LAST) for n in (5, 9))
+    compiled = torch.compile(lambda x: step(x, weight, False), backend=counter, dynamic=True, fullgraph=True)
+    compiled(few), compiled(many)
+    assert counter.frame_count == 1
 
 
 def test_parametrised_weight_is_computed_once():

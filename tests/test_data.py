@@ -58,6 +58,7 @@ def test_unknown_name(spec):
         ("digits", ".", None, "no root"),
         ("folder:x", "nowhere", None, "nowhere"),
         ("digits", None, 0, "image_size: expected a whole number >= 1, got 0"),
+        ("digits", None, 8.0, "image_size: expected a whole number >= 1, got 8.0"),
         ("digits", None, 32, "expected images of 32 pixels, got 8x8"),
     ],
 )
@@ -157,6 +158,9 @@ def test_large_sets_are_streamed(tmp_path, monkeypatch):
         ("train/cat/1.png", b"P6 0 8 255\n", "1.png: not a readable image"),
         ("train/cat/notes.txt", b"", "notes.txt: expected an image"),
         ("train/bird/0.png", encoded(pixels(1)), "same classes in train and test, got bird in only one"),
+        ("test/bird/0.png", encoded(pixels(1)), "same classes in train and test, got bird in only one"),
+        ("train/cat/1.png", encoded(pixels(1, 9, 8)), "1.png: expected 8x8 pixels .* got 8x9"),
+        ("train/cat/1.ppm", b"Pf\n8 8\n-1.0\n" + bytes(256), "1.ppm: not a readable image: expected 8 bits"),
     ],
 )
 def test_damaged_folder(tmp_path, file, content, says):
@@ -177,6 +181,31 @@ def test_bytes_behind_an_image_are_no_damage(tmp_path, kind):
     before = sources.load(f"folder:{tmp_path}").train.x
     file.write_bytes(file.read_bytes() + bytes(500))
     assert torch.equal(sources.load(f"folder:{tmp_path}").train.x, before)
+
+
+def test_links_that_lead_nowhere_and_hidden_folders(tmp_path):
+    write_folder(tmp_path, "val")
+    (tmp_path / "test" / ".cache").mkdir(parents=True)  # no class
+    assert len(sources.load(f"folder:{tmp_path}").test) == 4
+    (tmp_path / "train" / "cat" / "9.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match="9.png: cannot be read: No such file"):
+        sources.load(f"folder:{tmp_path}")
+
+
+def test_hidden_files_are_passed_over_and_endings_may_be_upper_case(tmp_path):
+    write_folder(tmp_path)
+    file = tmp_path / "train" / "cat" / "1.png"
+    file.rename(file.with_name("1.PNG"))
+    (tmp_path / "train" / "cat" / ".thumbs").write_bytes(b"x")
+    (tmp_path / "train" / ".cache").mkdir()
+    found = sources.load(f"folder:{tmp_path}")
+    assert torch.equal(found.train.x, expected(6)) and found.classes == ("cat", "dog")
+
+
+def test_images_of_a_few_bytes(tmp_path):
+    """Shorter than the part in which a file's end is looked for."""
+    found = sources.load(f"folder:{write_folder(tmp_path, kind='ppm', size=(2, 2))}")
+    assert torch.equal(found.train.x, expected(6, 2, 2))
 
 
 def test_damaged_streamed_file_is_named(tmp_path):
@@ -235,6 +264,10 @@ def test_the_training_says_how_images_are_normalised(tmp_path):
     known |= {"mean": [0.1] * 3, "std": [0.5] * 3, "normalise": "std", "classes": ["cat", "dog"]}
     data, augment = trained.images_of({"data": known}, tmp_path / "b")
     assert len(data.train) and list(augment.mean) == [0.1] * 3 and list(augment.std) == [0.5] * 3
+    data, augment = trained.images_of({"data": known | {"image_size": 16}}, tmp_path / "b")
+    assert data.image_size == augment.size == 16
+    with pytest.raises(UserError, match="expected 1 channels, got 3"):
+        trained.images_of({"data": known | {"channels": 1}}, tmp_path / "b")
 
 
 def test_the_sample_of_which_statistics_are_is_always_the_same(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import two_ranks
 from fractalnet import tied_loss
-from fractalnet.drop_path import column_path, rate, sample_path
+from fractalnet.drop_path import column_path, full_path, generator_for, rate, sample_path
 from torch.nn.parallel import DistributedDataParallel
 
 from fractal_kernels import drop_path_mask
@@ -32,6 +32,31 @@ def test_the_networks_rates_move_with_its_steps():
     assert all(p.column is None for p in later[:59]) and all(p.column is not None for p in later[60:])
     kept = [p.keep[:, -1].float().mean() for p in later[:59]]
     assert sum(kept[40:]) < sum(kept[:19])
+
+
+def test_draws_of_zero(monkeypatch):
+    """Numbers are from [0, 1): zeros drop nothing at rate 0, and revive at rate 1 what ends in a row."""
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))
+    path = sample_path(1, 3, 2, local_drop=0.0, global_ratio=0.0)
+    assert path.column is None and torch.equal(path.keep, full_path(1, 3).keep)
+    revived = sample_path(1, 3, 2, local_drop=1.0, global_ratio=0.0).keep
+    assert not (revived & ~path.keep).any() and (revived.sum(-1) == 1).all()
+
+
+def test_a_networks_rates_are_its_own():
+    knots = [(0, 0.0)]
+    net = small(local_drop=knots)
+    knots.append((1, 1.0))
+    assert rate(net.local_drop, 1) == 0
+
+
+def test_keys_have_generators_of_their_own():
+    assert len({generator_for(0, step).initial_seed() for step in range(2000)}) == 2000
+
+
+def test_tied_logits_are_of_the_full_network_and_of_columns():
+    with pytest.raises(ValueError, match=r"tied_loss: expected logits .* got \[1, 2, 7\]"):
+        tied_loss(torch.zeros(1, 2, 7), torch.tensor([0, 1]))
 
 
 def test_alternating():
@@ -146,6 +171,8 @@ def test_sampled_training_never_meets_the_tied_set():
         ({"local_drop": [(0, 1.1)]}, "expected local_drop in"),
         ({"global_ratio": "half"}, "expected global_ratio in"),
         ({"global_ratio": []}, "expected global_ratio in"),
+        ({"local_drop": [("0", 0.1), ("5", 0.2)]}, "expected local_drop in"),
+        ({"local_drop": iter([(0, 0.1), (5, 0.2)])}, "expected local_drop in"),
     ],
 )
 def test_errors(option, message):
@@ -157,6 +184,8 @@ def test_errors(option, message):
         sample_path(1, 2, -1)
     with pytest.raises(ValueError, match="sample_path: expected mixture"):
         sample_path(1, 2, 3, mixture="coin")
+    with pytest.raises(ValueError, match=r"sample_path: expected global_ratio in \[0, 1\], got \[\("):
+        sample_path(1, 2, 3, global_ratio=[(0, 0.1), (9, 0.2)])
 
 
 def trained(rank, folder):

@@ -44,6 +44,24 @@ def test_eps(training, backend):
         assert_close(grad, g, "gradient")
 
 
+def test_negative_values_of_a_mask_keep(backend):
+    """What is not zero keeps a branch, NaN too."""
+    ys = [torch.full((1, 2, 2, 2), float(i)) for i in (1, 7, 2, 3)]
+    assert (masked_mean_join(ys, torch.tensor([-1.0, 0.0, -0.5, NAN]), backend=backend) == 2).all()
+
+
+@pytest.mark.parametrize("widest", range(3))
+def test_the_widest_dtype_under_autocast(widest):
+    ys = [torch.ones(1, 2, 2, 2, dtype=torch.float32 if i == widest else torch.bfloat16) for i in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masked_mean_join(ys).dtype == torch.float32
+
+
+def test_the_layout_of_as_many_of_both(backend):
+    ys = [torch.randn(2, 3, 4, 4).contiguous(memory_format=f) for f in (torch.channels_last, torch.contiguous_format)]
+    assert masked_mean_join(ys, backend=backend).is_contiguous(memory_format=torch.channels_last)
+
+
 @LAYOUTS
 def test_one_live_value(layout, backend):
     """Of one value the variance is 0, not 0/0."""

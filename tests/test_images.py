@@ -60,6 +60,10 @@ def test_fingerprints_are_of_labels_and_classes_too():
     other = dataclasses.replace(data, test=dataclasses.replace(data.test, y=data.test.y.flip(0)))
     named = dataclasses.replace(data, classes=("zero", *data.classes[1:]))
     assert len({data.fingerprint, other.fingerprint, named.fingerprint}) == 3
+    brighter = dataclasses.replace(data, test=dataclasses.replace(data.test, scale=255.0))
+    flat = dataclasses.replace(data, test=dataclasses.replace(data.test, x=data.test.x.view(-1, 1, 4, 16)))
+    coloured = dataclasses.replace(data, channels=3)
+    assert len({each.fingerprint for each in (data, brighter, flat, coloured)}) == 4
 
 
 def test_the_sample_of_which_statistics_are_is_of_all_classes(tmp_path, monkeypatch):

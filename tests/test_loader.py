@@ -9,7 +9,7 @@ import torch
 
 Image = pytest.importorskip("PIL.Image")
 
-from fractalnet import sources  # noqa: E402
+from fractalnet import sources, trained  # noqa: E402
 from fractalnet.augment import (  # noqa: E402
     Augment,
     centre_crop,
@@ -144,8 +144,12 @@ def test_wrong_options(options, says):
 def test_wrong_images():
     with pytest.raises(UserError, match="translate: expected less than the image's 8x8 pixels to reflect, got 8"):
         Augment(MEAN, STD, translate=8, padding="reflect")(some(2))
+    with pytest.raises(UserError, match="translate: expected less than the image's 6x8 pixels to reflect, got 6"):
+        Augment(MEAN, STD, translate=6, padding="reflect")(some(2)[..., :6, :])
     with pytest.raises(ValueError, match=r"expected x \[B, C=3, H, W\], got \[2, 1, 8, 8\]"):
         Augment(MEAN, STD)(some(2, 1))
+    with pytest.raises(ValueError, match=r"expected x \[B, C=3, H, W\], got \[2, 3, 8\]"):
+        Augment(MEAN, STD)(some(2)[..., 0])
 
 
 def test_of_a_dataset():
@@ -154,6 +158,8 @@ def test_of_a_dataset():
     assert (augment.scale, augment.size, augment.translate) == (16, None, 1)
     x = augment.eval()(digits.train.x)
     assert abs(x.mean().item()) < 1e-5 and abs(x.std().item() - 1) < 1e-3
+    with pytest.raises(UserError, match="translate: expected less than the image's 8x8 pixels to reflect, got 8"):
+        Augment.of(digits, translate=8, padding="reflect")
 
 
 # --- crops -------------------------------------------------------------------------------------
@@ -173,8 +179,10 @@ def test_ten_crop_of_small_images_are_translations():
     crops = ten_crop(x, 32, pad=4)
     assert torch.equal(crops[4], x)
     assert torch.equal(crops[0][:, :, 4:, 4:], x[:, :, :-4, :-4]) and not crops[0][:, :, :4].any()
-    with pytest.raises(UserError, match="ten_crop: expected size from 1 to 32, got 33"):
-        ten_crop(x, 33)
+    assert torch.equal(ten_crop(x, 32)[3], x)
+    for size in (0, 33):
+        with pytest.raises(UserError, match=f"ten_crop: expected size from 1 to 32, got {size}"):
+            ten_crop(x, size)
 
 
 def gradient(width, height):
@@ -223,6 +231,14 @@ def test_evaluation_views_of_files(files):
         ((x, _, _),) = Loader(files, 10, seed=0, augment=evaluation, shuffle=False).epoch(0)
         wanted = torch.stack([to_tensor(centre_crop(files.open(i), side, 16)) for i in range(10)])
         torch.testing.assert_close(x, normal(wanted))
+
+
+def test_ten_crops_of_files_are_of_what_they_show(files):
+    """Not padded, as small images are."""
+    loader = Loader(files, 10, seed=0, augment=Augment(MEAN, STD, size=14).eval(ten_crop=True), shuffle=False)
+    ((x, _, _),) = loader.epoch(0)
+    ((crops, _),) = trained.views(loader, 10)
+    assert torch.equal(crops, ten_crop(x, 14))
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -292,6 +308,7 @@ def test_ranks_share_the_batch_of_one_process(images, world, augment):
 def test_wrong_loader(images, files):
     for options, says in (
         ({"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected a whole number >= 1, got 2.5"),
         ({"workers": -1}, "workers: expected a whole number >= 0"),
         ({"rank": 2, "world_size": 2}, "rank: expected 0 to 1, got 2"),
         ({"images": files}, "size: expected the side of the views of streamed images, got None"),

@@ -15,6 +15,7 @@ from fractal_kernels import (
     ConvBNReLU,
     DropPathJoin,
     MeanJoin,
+    conv_bn_relu,
     drop_path_mask,
     use_backend,
 )
@@ -71,12 +72,18 @@ def test_conv_bn_relu(options, backend):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kernel_size": 1}, {"kernel_size": (5, 3)}, {"kernel_size": 3, "dilation": 2}]
+    "options", [{}, {"kernel_size": 1}, {"kernel_size": (5, 3)}, {"kernel_size": 3, "dilation": (2, 1)}]
 )
 def test_conv_bn_relu_keeps_the_size(options):
     assert ConvBNReLU(3, 8, **options)(torch.randn(2, 3, 9, 8)).shape == (2, 8, 9, 8)
     with pytest.raises(TypeError, match="ConvBNReLU: expected kernel_size to be an int or a pair of ints, got str"):
         ConvBNReLU(3, 8, **options | {"kernel_size": "3"})
+
+
+def test_same_padding_of_fewer_pixels_than_the_kernel_has():
+    x, w = torch.randn(3, 4, 2, 1), torch.randn(5, 4, 5, 3)
+    same, two = (conv_bn_relu(x, w, *[None] * 4, True, padding=p) for p in ("same", (2, 1)))
+    torch.testing.assert_close(same, two)
 
 
 class EagerJoin(nn.Module):
@@ -158,6 +165,21 @@ def test_untracked_statistics_after_the_fact():
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_mean, theirs[0].running_mean)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_statistics_are_tracked_after_the_fact():
+    """track_running_stats set to True where there are none: the batch's, and no error, as in PyTorch."""
+    ours, theirs, x = BatchNormReLU2d(3, track_running_stats=False), nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    ours.track_running_stats = True
+    torch.testing.assert_close(ours(x), theirs(x).relu())
+
+
+def test_one_value_without_running_statistics():
+    """In evaluation too it is an error, as in PyTorch."""
+    x, options = torch.ones(1, 3, 1, 1), {"track_running_stats": False}
+    for module, inputs in ((BatchNormReLU2d(3, **options), x), (BNReLUJoin(1, 3, **options), [x])):
+        with pytest.raises(ValueError, match="expected more than 1 value per channel"):
+            module.eval()(inputs)
 
 
 def test_frozen_batch_norms_of_a_join():

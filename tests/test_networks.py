@@ -149,6 +149,10 @@ def test_info():
     assert lines[0] == "block 0: fused" and "dropout after activations" in lines[1]
 
 
+def test_eps_may_be_zero():
+    assert FractalNet(5, 1, (4,), image_size=8, eps=0).blocks[0].eps == 0
+
+
 WRONG = {
     "columns": (0, 9, 2.0, True),
     "num_classes": (0, "ten"),
@@ -169,7 +173,7 @@ WRONG = {
     "kernel_mix": (0, 1.5, None),
     "init": ("zeros",),
     "momentum": (-1, "a"),
-    "eps": (-1e-5, None),
+    "eps": (-1e-5, None, float("inf")),
 }
 
 

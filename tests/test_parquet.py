@@ -12,7 +12,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 from fractalnet import sources  # noqa: E402
 from fractalnet.augment import to_tensor  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
-from fractalnet.formats import Rows  # noqa: E402
+from fractalnet.formats import Rows, columns  # noqa: E402
 from image_files import damaged_jpeg, encoded, expected, pixels, write_cifar, write_parquet  # noqa: E402
 
 
@@ -76,6 +76,20 @@ def test_label_of_several(tmp_path):
         )
         table.to_parquet(file)
     assert sources.load(f"parquet:{tmp_path}").train.y.tolist() == [0, 1, 0]
+
+
+def test_two_sets_in_one_folder(tmp_path):
+    write_parquet(tmp_path, {"train": 3, "test": 2})
+    write_parquet(tmp_path, {"train": 4}, files=2)
+    with pytest.raises(UserError, match="expected 1 files train-.*, got 3"):
+        sources.load(f"parquet:{tmp_path}")
+
+
+def test_features_of_which_none_is_the_only_one():
+    image, label = datasets.Image(), datasets.ClassLabel(names=["cat"])
+    for features in ({"a": image, "b": image, "label": label}, {"a": image, "b": label, "c": label}):
+        with pytest.raises(UserError, match="here: expected one image and one class label feature, got a, b, "):
+            columns(features, None, "here")
 
 
 def test_parquet_errors(tmp_path):
@@ -148,6 +162,7 @@ def test_cifar_binary(tmp_path, spec, nested):
     assert found.train.y.tolist() == [raw[i * record + labels - 1] for i in range(4 * len(train))]
     assert found.train.x[1].flatten().tolist() == list(raw[record + labels : 2 * record])
     assert found.train.x.shape == (4 * len(train), 3, 32, 32) and len(found.test) == 4 and len(found.classes) == classes
+    assert len(found.fingerprint) == 64
 
 
 def test_cifar_names(tmp_path):
@@ -156,6 +171,9 @@ def test_cifar_names(tmp_path):
     assert sources.load("cifar10", tmp_path).classes == tuple("abcdefghij")
     (tmp_path / "batches.meta.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="batches.meta.txt: expected 10 names, got 2"):
+        sources.load("cifar10", tmp_path)
+    (tmp_path / "batches.meta.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(UserError, match="batches.meta.txt: cannot be read: .*utf-8"):
         sources.load("cifar10", tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Recipes against the paper's text, their options, and the learning rate over a training."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,9 @@ def test_epochs_scale_the_schedule():
     assert schedule("--epochs", "7", "--schedule.milestones", "[1, 2]").milestones == [1, 2]
     assert schedule("--epochs", "7", "--schedule", '{"kind": "milestones", "milestones": [3]}').milestones == [3]
     assert schedule("--epochs=35", "--schedule.warmup=3").warmup == 3
+    own = '{"kind": "milestones", "milestones": [50, 65]}'  # the recipe's, and asked for
+    assert schedule("--epochs", "7", "--schedule", own).milestones == [50, 65]
+    assert schedule("--epochs", "7", "--schedule.milestones", "[50, 65]").milestones == [50, 65]
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -128,6 +132,8 @@ def test_options_lie_over_the_recipe(tmp_path):
     (tmp_path / "again.yaml").write_text(f"# digits{config.HEAD} config.yaml\n" + yaml.safe_dump(plain))
     assert config.load(str(tmp_path / "again.yaml"))[1] == plain
     assert config.known_as(str(tmp_path / "again.yaml")) == "digits"
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    assert config.known_as(str(tmp_path / "mine.yaml")) == "mine"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,32 @@ def test_wrong_options(argv, words, refused, tmp_path, monkeypatch):
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
 
 
+BOUNDS = {  # the nearest values that are accepted, and that are not
+    "clip": ([1e-9], [0, math.inf]),
+    "ema": ([1e-9], [0, 1]),
+    "label_smoothing": ([0], [-0.1, 1]),
+    "schedule.factor": ([1], [0, 1.1]),
+    "schedule.warmup": ([0], [-0.1, math.inf]),
+    "optimizer.init_args.lr": ([1e-9], [0, math.inf]),
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    **{name: ([least], [least - 1]) for name, least in (("save_every", 1), ("evaluate_every", 1), ("accumulate", 1))},
+    **{f"data.{name}": ([least], [least - 1]) for name, least in (("workers", 0), ("translate", 0), ("image_size", 1))},
+}
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_bounds_of_options(key):
+    class Found(dict):
+        devices = strategy = "auto"
+
+    good, bad = BOUNDS[key]
+    for value in good:
+        config.check(Found({key: value}), "recipe mine")
+    for value in bad:
+        with pytest.raises(UserError, match=f"recipe mine: --{key}: expected"):
+            config.check(Found({key: value}), "recipe mine")
+
+
 def test_wrong_backend(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FRACTAL_BACKEND", "nope")
     assert main(["train", "digits", "--out", str(tmp_path / "run")]) == 2
@@ -162,11 +194,15 @@ def test_wrong_backend(tmp_path, monkeypatch, capsys):
     assert last.startswith("error: ") and "expected FRACTAL_BACKEND one of cpu" in last and "got 'nope'" in last
 
 
-@pytest.mark.parametrize("text", ["- 1", "epochs: [", "epochs: 3", "network: {}\nspeed: 3"])
+@pytest.mark.parametrize("text", [
+    "- 1", "epochs: [", "epochs: 3", "network: {}\nspeed: 3", "epochs: 2020-13-45", "a: " + 9999 * "[", "network:",
+    "network: [1]", "network: {1: 2, columns: 3}",
+])  # fmt: skip
 def test_wrong_files(text, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(text)
-    refused(["train", "mine.yaml"], ["recipe mine.yaml"])
+    for options in ([], ["--network.name", "fractal_c2"]):
+        refused(["train", "mine.yaml", *options], ["mine.yaml"])
     refused(["train", "none.yaml"], ["recipe none.yaml", "No such file"])
 
 
@@ -199,6 +235,10 @@ def test_work_and_live_fraction():
     (["--network.in_channels", "3"], ["--network.in_channels: expected 1 for digits"]),
     (["--network.image_size", "16"], ["--network.image_size: expected 8 for digits"]),
     (["--devices", "²"], ["--devices: expected a whole number"]),
+    (["--devices", "0"], ["--devices: expected a whole number"]),
+    (["--optimizer", "torch.optim.LBFGS"], ["optimizer: expected one of torch.optim but LBFGS"]),
+    (["--strategy", "fsdp", "--ema", "0.9"], ["--ema: expected --strategy auto or ddp beside it, got fsdp"]),
+    (["--strategy", "fsdp", "--precision", "bf16"], ["--precision: expected fp32 or tf32"]),
 ])  # fmt: skip
 def test_a_dry_run_refuses_what_a_run_does(options, words, refused):
     for dry in ([], ["--dry-run"]):
@@ -219,3 +259,4 @@ def test_warm_up_and_milestones_scale_with_the_epochs(tmp_path):
     )
     found = config.load(str(file), ["--epochs", "10"])[0].schedule
     assert found.warmup == 2 and found.milestones == [5]
+    assert config.load(str(file), ["--epochs", "10", "--schedule.warmup", "4"])[0].schedule.warmup == 4

@@ -136,6 +136,19 @@ def test_joins_in_a_checkpoint_and_readers_outside():
     assert same([p.grad for p in net.parameters()], expected)
 
 
+def test_readers_in_a_checkpoint(monkeypatch):
+    """A checkpoint keeps its arguments anyway: nothing is computed again."""
+    monkeypatch.setattr(recompute, "again", lambda node: pytest.fail("computed again"))
+    x, w, *_ = draw()
+    h = fk.bn_relu(F.conv2d(x, w, padding=1), None, None, None, None, training=True)
+
+    def read(h):
+        with fk.recomputed(h):
+            return F.conv2d(h, w)
+
+    checkpoint(read, h, use_reentrant=False).sum().backward()
+
+
 class Spy:
     pass
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from cases import LAYOUTS
 from conftest import INTERPRETED
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fractal_kernels import bn_relu_join
+from fractal_kernels import bn_relu_join, masked_mean_join
 
 GPU = True
 K, C = 3, 5
@@ -132,6 +133,22 @@ class Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_strided_parameters(backend):
+    y, (w, b) = inputs()[0], torch.randn(2, 2 * C)[:, ::2]
+    strided = bn_relu_join([y], [w], [b], None, None, training=True, backend=backend)
+    assert torch.equal(
+        strided, bn_relu_join([y], [w.contiguous()], [b.contiguous()], None, None, training=True, backend=backend)
+    )
+
+
+def test_the_backward_of_a_mask_without_values():
+    """A fake tensor has none, outside of its mode too."""
+    with FakeTensorMode():
+        ys, mask = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2)], torch.tensor([True, False])
+    masked_mean_join(ys, mask).sum().backward()
+    assert ys[1].grad.shape == (2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("who", ["mode", "input", "weight"])

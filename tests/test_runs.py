@@ -100,6 +100,7 @@ def test_one_training_writes_to_a_folder(tmp_path, refused, monkeypatch):
     ("options", "words"),
     [
         (["--network.num_classes", "5"], ["--network.num_classes: expected 10 or more for digits, got 5"]),
+        (["--network.num_classes", "ten"], ["--network.num_classes: expected 10 or more for digits, got 'ten'"]),
         (["--network.in_channels", "3"], ["--network.in_channels: expected 1 for digits, got 3"]),
         (["--seed", str(2**63)], ["--seed: expected a number in", str(2**63)]),
         (["--schedule.warmup", ".inf"], ["--schedule.warmup: expected a number in [0, inf), got inf"]),

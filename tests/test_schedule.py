@@ -115,3 +115,5 @@ def test_errors():
         plan(2, (True,) * 3)
     with pytest.raises(ValueError, match="fractal_block: expected the path to keep a branch of the join of row 1"):
         plan(2, (True, True, False, False))
+    with pytest.raises(ValueError, match="fractal_block: expected the path to keep a branch of the join of row 0"):
+        plan(2, (True, False, False, True))  # whose reader lives

@@ -161,6 +161,16 @@ def test_residual_block(momentum, backend):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_statistics_beside_a_shortcut_that_comes_first(momentum):
+    """They move by their own batch norm's momentum."""
+    bn, join = nn.BatchNorm2d(3, momentum=momentum), fk.BNReLUJoin(2, 3, normalised=[False, True], momentum=momentum)
+    for y, x in torch.randn(2, 2, 4, 3, 5, 5):
+        bn(y), join([x, y])
+    for name, value in bn.state_dict().items():
+        torch.testing.assert_close(join.bns[1].state_dict()[name], value)
+
+
 def test_nothing_more_is_kept(cpu_backend):
     """Of relu(bn(y) + x) its two inputs and three vectors a branch are kept; x is the convolution's, too."""
     y, x = (channels_last(torch.randn(4, 16, 8, 8)).requires_grad_() for _ in range(2))

@@ -15,13 +15,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fractal_kernels as fk
-from fractal_kernels import block_rows
+from fractal_kernels import block_rows, sync
 
 N = 8
 # PyTorch 2.11 knows the deprecated name alone.
 KEEP = "forward_sync_buffers"
 KEEP = KEEP if KEEP in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
 SPLITS = ((5, 3), (8, 0))
+
+
+def test_no_collective_in_evaluation():
+    """As of torch.nn.SyncBatchNorm, also where the statistics are the batch's own."""
+    x = torch.randn(4, 3, 2, 2)
+    for module, inputs in (
+        (fk.BatchNormReLU2d(3, track_running_stats=False), x),
+        (fk.BNReLUJoin(2, 3, track_running_stats=False), [x, x]),
+    ):
+        module.sync_group = sync.Name("gone")
+        assert module.eval()(inputs).shape == x.shape
+        with pytest.raises(RuntimeError, match="expected the process group 'gone' to be there"):
+            module.train()(inputs)
 
 
 class Joined(nn.Module):

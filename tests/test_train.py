@@ -352,8 +352,11 @@ def test_paper_against_reached():
     table = outputs.compare([run, {"recipe": "mine"}])
     crops = {"recipe": "fractalnet34/imagenet", "config": config.load("fractalnet34/imagenet")[1]}
     crops["columns"] = [{"name": "full", "accuracy": 0.7, "accuracy_top5": 0.9}]
-    assert "fractalnet34/imagenet, full top 5 (paper: 10 crops, here 1)" in outputs.compare([crops])
+    shown = outputs.compare([crops])
+    assert "fractalnet34/imagenet, full top 5 (paper: 10 crops, here 1)" in shown
+    assert [line.split()[-1] for line in shown.splitlines()[2:]] == ["30.00", "10.00"]
     assert [line.split()[-3:] for line in table.splitlines()[2:]] == [["400", "7.33", "8.00"], ["400", "7.27", "10.00"]]
+    assert len(outputs.compare([run | {"columns": run["columns"][:1]}]).splitlines()) == 3
 
 
 def test_accumulated_steps_are_those_of_the_whole_batch(tmp_path):

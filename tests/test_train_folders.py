@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fractalnet.__main__ import main  # noqa: E402
 from image_files import write_folder  # noqa: E402
 from test_train import files_of, quick, whole, written  # noqa: E402, F401  (fixtures too)
 
+FIRST = SimpleNamespace(is_global_zero=True, barrier=lambda: None)  # the first rank, as far as files go
 OPTIONS = ["--network.mixture", "alternating", "--network.activation", "silu", "--network.dropout", "null"]
 
 
@@ -39,6 +41,30 @@ def test_files_of_others_stay(tmp_path, refused, name):
     if "/" in name:
         assert main([*begin, "--overwrite"]) == 0
         assert file.read_text() == "precious" and (out / "model.pt").is_file()
+
+
+def test_what_an_earlier_run_left_goes(tmp_path):
+    """Before the first step: what is there afterwards is of the new run."""
+    (tmp_path / "mine.txt").touch()
+    for name in (*outputs.LOGS, *outputs.RESULTS):
+        (tmp_path / name).touch()
+    before = sorted([*tmp_path.iterdir(), tmp_path / "checkpoints"])
+    for anew, left in ((False, before), (True, [tmp_path / "checkpoints", tmp_path / "mine.txt"])):
+        outputs.prepare(FIRST, tmp_path, anew)
+        assert sorted(tmp_path.iterdir()) == left
+
+
+def test_an_option_that_is_gone_is_a_difference():
+    assert outputs.differences({"optimizer": {"lr": 1, "momentum": 0.9}}, {"optimizer": {"lr": 1}}, ()) == [
+        "--optimizer.momentum was 0.9, is None"
+    ]
+
+
+def test_epochs_that_are_not_evaluated_are_rows_too(tmp_path):
+    log = outputs.Log(FIRST, tmp_path, SimpleNamespace(tensorboard=False), 0, 1)
+    rows = [{"epoch": 1, "holdout": {"full": {"loss": 0.5}}}, {"epoch": 2}]
+    log.write(rows[1], rows)
+    assert (tmp_path / "metrics.csv").read_text().split() == ["epoch,holdout.full.loss", "1,0.5", "2,"]
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "zz.ckpt", "step-best.ckpt"])

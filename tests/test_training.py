@@ -180,15 +180,37 @@ def test_half_a_checkpoint_of_a_killed_run_goes(tmp_path):
     assert main(["train", written(tmp_path), "--out", str(out)]) == 0
     half = out / "checkpoints" / ".step-000000009.ckpt.tmp"
     half.write_bytes(b"half")
+    (out / "timing.jsonl").unlink()  # nor is it needed
     assert main(["train", "--out", str(out), "--resume"]) == 0 and not half.exists()
 
 
+@pytest.mark.parametrize("rank, ranks, loss", [(0, 1, 3.0), (0, 3, 3.0), (1, 3, 0.0), (1, 2, 2.0)])
+def test_what_a_run_goes_on_with(rank, ranks, loss, tmp_path, monkeypatch):
+    """The losses of two ranks, of which other numbers have the sum, a scaler's state, and momenta laid out anew."""
+    place = {"epoch": 1, "batch": 2, "best": {}, "rate": 0.1}
+    saved = {"place": place, "scaler": {"scale": 512.0}, "scheduler": {}, "loss": torch.tensor([1.0, 2.0]), "log": 0}
+    scaler, scheduler, laid = [], [], []
+    monkeypatch.setattr(checkpoints, "load", lambda fabric, path, state, fits: state.update(saved))
+    monkeypatch.setattr(train, "lay_out", laid.append)
+    strategy = SimpleNamespace(precision=SimpleNamespace(load_state_dict=scaler.append))
+    fabric = {"global_rank": rank, "world_size": ranks, "is_global_zero": False, "barrier": lambda: None}
+    this = SimpleNamespace(fabric=SimpleNamespace(strategy=strategy, **fabric), state=dict, average=None, net=None)
+    this.optimizer, this.scheduler = SimpleNamespace(optimizer="SGD"), SimpleNamespace(load_state_dict=scheduler.append)
+    this.loss = torch.zeros((), dtype=torch.float64)
+    train.Run.resume(this, tmp_path, tmp_path / "step-000000005.ckpt")
+    assert (this.loss.item(), this.epoch, this.batch, this.rate) == (loss, 1, 2, 0.1)
+    assert (scaler, scheduler, laid) == ([{"scale": 512.0}], [{}], ["SGD"])
+
+
 def test_times_of_a_run(tmp_path):
+    """And that its last epoch is measured, whichever others are."""
     out = tmp_path / "run"
-    assert main(["train", written(tmp_path, epochs=2, accelerator="cpu"), "--out", str(out)]) == 0
+    options = {"epochs": 3, "evaluate_every": 2, "accelerator": "cpu"}
+    assert main(["train", written(tmp_path, **options), "--out", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
     metrics = json.loads((out / "metrics.json").read_text())
     total = {key: sum(row.get(key, 0) for row in rows) for key in ("seconds", "in_steps", "evaluating_and_saving")}
+    assert ["holdout" in row for row in metrics["history"]] == [False, True, True]
     assert metrics["training_seconds"] == pytest.approx(total["seconds"])
     assert metrics["evaluating_seconds"] == pytest.approx(total["evaluating_and_saving"])
     assert metrics["overhead"] == pytest.approx(total["seconds"] / total["in_steps"] - 1)
@@ -271,6 +293,8 @@ def test_the_best_checkpoint_stays(tmp_path):
         (tmp_path / f"step-{step:09d}.ckpt").write_bytes(b"")
     checkpoints.prune(tmp_path, 2, "step-000000002.ckpt")
     assert [checkpoints.step_of(path) for path in checkpoints.saved(tmp_path)] == [2, 4, 5]
+    with pytest.raises(files.UserError, match="step-000000004.ckpt: damaged .*: --resume .*step-000000002.ckpt$"):
+        checkpoints.prove(tmp_path / "step-000000004.ckpt")
     checkpoints.prune(tmp_path, 1, None)
     assert [checkpoints.step_of(path) for path in checkpoints.saved(tmp_path)] == [5]
 

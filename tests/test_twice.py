@@ -144,6 +144,18 @@ def test_second_derivatives_of_a_network(mix):
     assert gradgradcheck(lambda x, *_: net(x, path=path), [x, *net.parameters()], fast_mode=True)
 
 
+@pytest.mark.parametrize("stats", ["all", "live"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_are_the_same_where_they_keep_a_graph(mask, stats):
+    """The definition's, statistics of samples that a mask drops included, and the kernels'."""
+    ys, w, b = ([double(*size) for _ in range(2)] for size in ((3, 2, 4, 4), (2,), (2,)))
+    out = fk.bn_relu_join(ys, w, b, None, None, MASKS[mask], True, stats=stats)
+    once = torch.autograd.grad(out.square().sum(), [*ys, *w, *b], retain_graph=True)
+    twice = torch.autograd.grad(out.square().sum(), [*ys, *w, *b], create_graph=True)
+    for one, other in zip(once, twice, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_value_that_is_dropped_stays_out_of_second_derivatives():
     x, y = (torch.randn(3, 2, 4, 4, requires_grad=True) for _ in range(2))
     w = [torch.ones(2, requires_grad=True) for _ in range(2)]

@@ -131,6 +131,15 @@ def test_unfuse_says_what_it_cannot():
     assert fk.unfuse(model) == ["1"]
 
 
+def test_a_relu_that_no_trace_sees_any_more_does_its_work():
+    model = chain()
+    fk.fuse(model)
+    assert model[2].alone
+    model.forward = lambda x: model[2](x)
+    fk.fuse(model)
+    assert not model[2].alone
+
+
 def test_a_forward_that_was_set_is_named():
     """As accelerate sets it on what it prepares."""
     model = chain()

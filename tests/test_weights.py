@@ -15,6 +15,7 @@ from fractalnet.composed import ComposedBlock
 from fractalnet.drop_path import column_path, full_path, sample_path
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,6 +79,28 @@ def test_values_and_gradients():
     assert single.data_ptr() == a.data_ptr()
     with torch.no_grad():
         assert not any(t.requires_grad for t in wide_weights(groups, BF16))
+
+
+def test_weights_of_other_classes_are_cast_by_themselves():
+    with FakeTensorMode():
+        weight = torch.randn(2, 3, 3, 3)
+    assert isinstance(wide_weights([[weight]], BF16)[0], FakeTensor)
+
+
+class Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_ones(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_weights_of_no_gradient():
+    weight = torch.randn(2, 3, 3, 3, requires_grad=True)
+    wide = wide_weights([[weight]], BF16)
+    assert torch.autograd.grad(Constant.apply(*wide), weight, allow_unused=True) == (None,)
 
 
 def test_one_launch_each_way():

@@ -214,12 +214,17 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
 
     try:
         recipe = merged(yaml.safe_load(text) or {} for text in files(name))
-    except (yaml.YAMLError, AttributeError) as error:
+    except (
+        yaml.YAMLError,
+        AttributeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # of values, and of mappings in circles
         raise UserError(f"recipe {name}: not a YAML mapping ({' '.join(str(error).split())})") from error
     what, made = f"recipe {name}", parser()
     made.add_argument("--recipe", action="config")
     given = {a.partition("=")[0] for a in dashes(argv)}
-    if "--network.name" in given and "name" not in recipe.get("network", {}):
+    if "--network.name" in given and "name" not in (recipe.get("network") or {}):
         recipe = {**recipe, "network": {}}  # columns and channels of its own are not those of a network by name
     start = ["--recipe", yaml.safe_dump(recipe)]
     alone = attempt(made, start, what, also)
@@ -231,7 +236,7 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
     if kept["warmup"] and not given & {"--schedule", "--schedule.warmup"}:
         found.schedule.warmup *= ratio
     found.pop("recipe")
-    found.network = dict(sorted(found.network.items()))  # in whatever order they were given
+    found.network = dict(sorted(found.network.items(), key=lambda item: str(item[0])))  # in whatever order they came
     check(found, what)
     plain = yaml.safe_load(made.dump(found, skip_unset=False, skip_validation=True))
     plain.pop("recipe", None)
@@ -281,3 +286,7 @@ def check(found: Any, what: str) -> None:
             raise UserError(f"{what}: --{key}: expected a number in {bounds}, got {value}")
     if found.devices != "auto" and not (found.devices.isdecimal() and int(found.devices)):
         raise UserError(f"{what}: --devices: expected a whole number >= 1 or auto, got {found.devices!r}")
+    if found.strategy == "fsdp" and found.precision not in ("fp32", "tf32"):
+        raise UserError(f"{what}: --precision: expected fp32 or tf32 beside --strategy fsdp, got {found.precision}")
+    if found.strategy == "fsdp" and found.ema is not None:
+        raise UserError(f"{what}: --ema: expected --strategy auto or ddp beside it, got fsdp")

@@ -39,8 +39,6 @@ def fabric_for(config: Config) -> Fabric:
         strategy = "auto"
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    if config.strategy == "fsdp" and config.precision not in ("fp32", "tf32"):
-        raise UserError(f"train: --precision: expected fp32 or tf32 beside --strategy fsdp, got {config.precision}")
     try:
         fabric = Fabric(
             accelerator=config.accelerator,

@@ -17,7 +17,7 @@ from torch import Tensor
 from fractal_kernels import compiling
 from fractal_kernels.schedule import schedule
 
-from .layers import check
+from .layers import check, is_number
 
 MIXTURES = ("random", "alternating")
 Rate = float | Sequence[Sequence[float]]
@@ -116,10 +116,13 @@ def kept_rate(value: Rate) -> Rate:
 def check_rate(op: str, name: str, value: Rate) -> None:
     """Raises ValueError unless every rate lies in [0, 1] and steps increase."""
     try:
-        knots = [(0, value)] if isinstance(value, int | float) else [(float(s), float(r)) for s, r in value]
+        knots = [(0, value)] if isinstance(value, int | float) else [(s, r) for s, r in value]
     except (TypeError, ValueError):
         knots = []
-    good = all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in zip(knots, knots[1:], strict=False))
+    good = isinstance(value, int | float | list | tuple) and all(is_number(v) for knot in knots for v in knot)
+    good = (
+        good and all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in zip(knots, knots[1:], strict=False))
+    )
     if not knots or not good:
         raise ValueError(f"{op}: expected {name} in [0, 1], or knots (step, rate) of increasing steps, got {value!r}")
 
@@ -185,7 +188,7 @@ def sample_path(
     check("sample_path", "mixture", mixture in MIXTURES, "'random' or 'alternating'", mixture)
     check("sample_path", "batch_size", isinstance(batch_size, int) and batch_size >= 0, ">= 0", batch_size)
     for name, value in (("local_drop", local_drop), ("global_ratio", global_ratio)):
-        check_rate("sample_path", name, value)
+        check("sample_path", name, is_number(value) and 0 <= value <= 1, "in [0, 1]", value)
     if mixture == "alternating":  # the share of global steps among the first ones is always the ratio, rounded down
         global_ratio = float(int((step + 1) * global_ratio) > int(step * global_ratio))
     if granularity == "batch":

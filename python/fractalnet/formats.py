@@ -205,7 +205,8 @@ def folder(root: Path) -> tuple[list[Files], tuple[str, ...]]:
     """train/CLASS/* and test/CLASS/* or val/CLASS/* of images, and the classes; every file's ends are checked."""
     require("PIL")
     # ImageNet's folder test, without labels, is beside val.
-    test = next((t for t in ("test", "val") if any(p.is_dir() for p in (root / t).glob("*"))), "val")
+    there = (t for t in ("test", "val") if (root / t).is_dir() and any(p.is_dir() for p in listed(root / t)))
+    test = next(there, "val")
     for split in ("train", test):
         if not (root / split).is_dir():
             raise UserError(f"{root}: expected folders train and test (or val) with a folder per class, got no {split}")
@@ -227,7 +228,10 @@ def split_of(root: Path, split: str, classes: tuple[str, ...]) -> Files:
             if file.suffix.lower() not in SUFFIXES:
                 raise UserError(f"{file}: expected an image ({', '.join(SUFFIXES)})")
             names.append(os.fsencode(file.relative_to(root)))
-            sizes.append(file.stat().st_size)
+            try:
+                sizes.append(file.stat().st_size)
+            except OSError as error:  # of a link that leads nowhere
+                raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
             y.append(label)
     if not names:
         raise UserError(f"{root / split}: expected a folder per class with images, got none")

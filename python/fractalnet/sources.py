@@ -175,6 +175,8 @@ def cifar(place: Path, hub: Hub) -> tuple[list[Images], tuple[str, ...]]:
         classes = tuple((place / names).read_text("utf-8").split())
     except FileNotFoundError:
         classes = tuple(map(str, range(count)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place / names}: cannot be read: {error}") from error
     if len(classes) != count:
         raise UserError(f"{place / names}: expected {count} names, got {len(classes)}")
     return [cifar_binary([place / f for f in files], count, labels) for files in (train, (test,))], classes

@@ -55,9 +55,18 @@ def network(
 
 def optimizer_for(config: Config, net: torch.nn.Module, what: str) -> torch.optim.Optimizer:
     try:
-        return config.optimizer(net.parameters())
+        made = config.optimizer(net.parameters())
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{what}: optimizer: {' '.join(str(error).split())}") from error
+    kind, unfit = type(made).__name__, {"LBFGS": "it calls the step again", "SparseAdam": "its gradients are sparse"}
+    if config.strategy == "fsdp":
+        unfit["Adafactor"] = "PyTorch has none of weights that --strategy fsdp shards"
+    if kind in unfit:
+        raise UserError(f"{what}: optimizer: expected one of torch.optim but {kind}: {unfit[kind]}")
+    fused = getattr(made, "_step_supports_amp_scaling", False)
+    if config.precision == "fp16" and config.clip is not None and fused:
+        raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
+    return made
 
 
 class Run:
@@ -93,17 +102,8 @@ class Run:
         model = torch.compile(self.net) if config.compile else self.net
         self.model = fabric.setup_module(model)
         self.optimizer = fabric.setup_optimizers(optimizer_for(config, self.net, f"recipe {name}"))
-        kind = type(self.optimizer.optimizer).__name__
-        unfit = {"LBFGS": "it calls the step again", "SparseAdam": "its gradients are sparse"}
-        if config.strategy == "fsdp":
-            unfit["Adafactor"] = "PyTorch has none of weights that --strategy fsdp shards"
-        if kind in unfit:
-            raise UserError(f"recipe {name}: optimizer: expected one of torch.optim but {kind}: {unfit[kind]}")
-        if config.strategy == "fsdp" and kind == "SGD":
+        if config.strategy == "fsdp" and isinstance(self.optimizer.optimizer, torch.optim.SGD):
             unfuse(self.optimizer.optimizer)
-        fused = getattr(self.optimizer.optimizer, "_step_supports_amp_scaling", False)
-        if config.precision == "fp16" and config.clip is not None and fused:
-            raise UserError("train: --clip: expected --optimizer.fused false beside --precision fp16, got a fused one")
         if config.precision == "fp16":
             zero_momenta(self.optimizer.optimizer)
         steps = -(-len(self.loader) // config.accumulate)  # of an epoch
@@ -118,8 +118,6 @@ class Run:
     def _average(self) -> Any:
         if self.config.ema is None:
             return None
-        if self.config.strategy == "fsdp":
-            raise UserError("train: --ema: expected strategy auto or ddp beside it, got fsdp")
         from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
         averaging = get_ema_multi_avg_fn(self.config.ema)
