@@ -196,7 +196,7 @@ def test_wrong_backend(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("text", [
     "- 1", "epochs: [", "epochs: 3", "network: {}\nspeed: 3", "epochs: 2020-13-45", "a: " + 9999 * "[", "network:",
-    "network: [1]", "network: {1: 2, columns: 3}",
+    "a: &a [*a]", "network: [1]", "network: {1: 2, columns: 3}",
 ])  # fmt: skip
 def test_wrong_files(text, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ A recipe of the paper is named by the row and the column of its table, ``fractal
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -214,12 +215,8 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
 
     try:
         recipe = merged(yaml.safe_load(text) or {} for text in files(name))
-    except (
-        yaml.YAMLError,
-        AttributeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # of values, and of mappings in circles
+        json.dumps(recipe, default=str)  # refuses what contains itself
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {name}: not a YAML mapping ({' '.join(str(error).split())})") from error
     what, made = f"recipe {name}", parser()
     made.add_argument("--recipe", action="config")
