@@ -228,7 +228,8 @@ def test_a_changing_mask_compiles_once():
     ],
 )
 def test_opcheck(layout, mask, backend):
-    for case in (Case(2, mask=mask), Case(2, mask=mask, pool="before"), Case(2, False, mask=mask, normalise=False)):
+    cases = [Case(2, mask=mask), Case(2, mask=mask, pool="before"), Case(2, False, mask=mask, normalise=False)]
+    for case in cases[:1] if backend == "reference" else cases:  # all backends' operators allocate alike
         d = draw(case, torch.float32, layouts=[layout])
         ys = [y.detach() for y in d.ys]
         flags = int(Flags.RELU_BRANCH | (Flags.POOL_BEFORE if case.pool else 0))
