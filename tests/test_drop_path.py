@@ -1,6 +1,7 @@
 """Drop-path over a training: rates, mixtures, sequences of paths, tied columns, data-parallel ranks."""
 
 import fractalnet
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ def test_rates_are_linear_between_knots():
     steps = [0, 10, 15, 20, 30, 40, 1000]
     assert [rate(knots, s) for s in steps] == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.15, 0.1, 0.1])
     assert rate(0.3, 5) == 0.3
+    net = small(local_drop=np.array([[0, 0.1], [4, 0.3]]), global_ratio=[(np.int64(0), np.float32(0.5))])
+    assert rate(net.local_drop, 2) == pytest.approx(0.2) and rate(net.global_ratio, 9) == 0.5
 
 
 def test_the_networks_rates_move_with_its_steps():

@@ -29,7 +29,7 @@ from fractal_kernels.library import in_one_layout
 THREADS = 2
 GPU = True  # these tests run on a GPU's backends too: on one, under Triton's interpreter, or executed on the host
 QUICK = INTERPRETED and os.environ.get("FRACTAL_INTERPRET") != "all"
-some_of = zip if QUICK else itertools.product
+some_of = zip if QUICK else itertools.product  # a few combinations, or all
 NAN, INF = float("nan"), float("inf")
 TYPICAL = [
     Case(),

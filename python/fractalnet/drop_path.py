@@ -7,8 +7,10 @@ Source: Larsson et al. 2016 (arXiv:1605.07648), section 3.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +121,8 @@ def check_rate(op: str, name: str, value: Rate) -> None:
         knots = [(0, value)] if isinstance(value, int | float) else [(s, r) for s, r in value]
     except (TypeError, ValueError):
         knots = []
-    good = isinstance(value, int | float | list | tuple) and all(is_number(v) for knot in knots for v in knot)
-    good = (
-        good and all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in zip(knots, knots[1:], strict=False))
-    )
+    good = not isinstance(value, Iterator) and all(isinstance(v, Real) for knot in knots for v in knot)
+    good = good and all(0 <= r <= 1 for _, r in knots) and all(a[0] < b[0] for a, b in pairwise(knots))
     if not knots or not good:
         raise ValueError(f"{op}: expected {name} in [0, 1], or knots (step, rate) of increasing steps, got {value!r}")
 

@@ -37,8 +37,8 @@ def work(model: Network, channels: int, size: int) -> int:
 
 
 def live_fraction(model: FractalNet) -> float:
-    """The mean share of a block's convolutions that run under the model's drop-path, at the start of the training;
-    with a path per sample joins are masked, and all do."""
+    """The mean share of a block's convolutions that run under the model's drop-path, at the start of the training.
+    Paths per sample are masked and count as all, whatever ranges of columns a CPU may skip."""
     if model.granularity == "sample":
         return 1.0
     generator = torch.Generator().manual_seed(0)
@@ -79,6 +79,7 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
     moments = 1 if optimizer.param_groups[0].get("momentum") else 2 if "betas" in optimizer.param_groups[0] else 0
     copies = 2 + moments + (config.ema is not None)
     weights = copies * parameters * (8 if config.precision == "fp64" else 4)
+    drawn = fractal and model.granularity == "batch"
     columns = f"C = {model.columns}, {len(model.channels)} blocks" if fractal else "plain"
     lines = [
         f"{name}: {config.data.source}, {images:,} training images {channels} x {size} x {size}, {classes} classes",
@@ -86,7 +87,8 @@ def dry_run(config: Config, plain: dict[str, Any], name: str) -> str:
         f"steps: {config.epochs} epochs x {batches:,} batches of {config.batch_size}"
         + (f", an optimizer step every {config.accumulate}" if config.accumulate > 1 else ""),
         f"work: {macs / 1e6:,.1f} M multiply-adds per image forward, nothing dropped",
-        f"live fraction under drop-path: {share:.1%} of the blocks' convolutions, mean of {PATHS} paths"
+        f"live fraction under drop-path: {share:.1%} of the blocks' convolutions"
+        + (f", mean of {PATHS} paths" if drawn else "")
         + ("; and every column by itself" if tied else ""),
         f"training: {3 * macs * runs * images * config.epochs / 1e15:,.2f} P multiply-adds in all (3 x forward, live)",
         f"memory, estimate: {(saved + weights) / 1e6:,.0f} MB: {saved / 1e6:,.0f} MB of activations saved for backward "

@@ -54,6 +54,7 @@ def network(
 
 
 def optimizer_for(config: Config, net: torch.nn.Module, what: str) -> torch.optim.Optimizer:
+    """The optimizer of a recipe, if this training can use it."""
     try:
         made = config.optimizer(net.parameters())
     except (ValueError, TypeError, RuntimeError) as error:
