@@ -1,9 +1,8 @@
 """Convolutions of a block's rows: ours against the library's, one wide against one by one.
 
-The figures behind `fits` in fractal_kernels/tiny_conv.py and cpu_conv.py, and `wide_is_faster` in
-fractal_kernels/block_rows.py. Figures are of forward and backward, without the gradient of an image, but for those of
-few pixels. Kept in results/conv: make bench ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", and
-few.json with -k few_pixels.
+The figures behind `fits` in fractal_kernels/cpu_conv.py and `wide_is_faster` in fractal_kernels/block_rows.py: of
+forward and backward, without the gradient of an image, but for those of few pixels. Kept in results/conv: make bench
+ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", and few.json with -k few_pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare import Contender, hold_together
-from fractal_kernels import cpu_conv, tiny_conv
+from fractal_kernels import cpu_conv
 
 ROUNDS = 15
 # batch, input channels, channels of a column, image size, columns that start at the row
@@ -84,7 +83,7 @@ class Library:
         return dx
 
 
-KERNELS: dict[str, ModuleType | type[Library]] = {"library": Library, "cpu_conv": cpu_conv, "tiny_conv": tiny_conv}
+KERNELS: dict[str, ModuleType | type[Library]] = {"library": Library, "cpu_conv": cpu_conv}
 
 
 def channels_last(*shape: int, **made: Any) -> Tensor:
@@ -136,11 +135,8 @@ def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=dash)
-@pytest.mark.parametrize("name", ["cpu_conv", "tiny_conv"])
-def test_conv(compare: Callable[..., None], name: str, case: tuple[int, ...]) -> None:
+def test_conv(compare: Callable[..., None], case: tuple[int, ...]) -> None:
     n, c, k, size = case
-    if name == "tiny_conv" and size != 2:
-        pytest.skip("tiny_conv is for 2x2 images")
     x, weight, grad = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
     dweight = torch.empty_like(weight)
 
@@ -149,11 +145,11 @@ def test_conv(compare: Callable[..., None], name: str, case: tuple[int, ...]) ->
         dx = kernel.conv_backward(grad, x, weight, c > 3, dweight)
         return [y, dweight, *([] if dx is None or c <= 3 else [dx])]
 
-    hold_together("conv", [t.clone() for t in call(KERNELS[name])], call(Library), 1e-4)
+    hold_together("conv", [t.clone() for t in call(cpu_conv)], call(Library), 1e-4)
     compare(
         "conv",
-        f"{name}, batch {n}, {c} to {k} channels, {size}x{size}",
-        {"ours": lambda _: call(KERNELS[name]), "library": lambda _: call(Library)},
+        f"cpu_conv, batch {n}, {c} to {k} channels, {size}x{size}",
+        {"ours": lambda _: call(cpu_conv), "library": lambda _: call(Library)},
         ROUNDS,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, conv3x3, cpu_conv, sync
+from . import backends, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
 from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
@@ -93,8 +93,8 @@ def _block_forward(
             first, n = conv.group[0].id, len(conv.group)
             bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
             inputs, weight = conv.part(source), rows.weight(conv.group, weights)
-            own = None if bias is not None else conv3x3.kernel(inputs, weight, backend)
-            y = own.conv(inputs, weight) if own else torch.conv2d(inputs, weight, bias, padding=1)
+            own = bias is None and cpu_conv.fits(inputs, weight, backend)
+            y = cpu_conv.conv(inputs, weight) if own else torch.conv2d(inputs, weight, bias, padding=1)
             if dropout and training:
                 y, noise = _aten.native_dropout(y, dropout, True)
                 noises.append(noise)
@@ -234,15 +234,14 @@ def _block_backward(
                 continue
             if noise is not None:
                 dy = _aten.native_dropout_backward(dy, noise, 1.0 / (1.0 - dropout))
-            own_conv = None if conv_bias else conv3x3.kernel(source, weight, backend)
-            if own_conv:
+            if not conv_bias and cpu_conv.fits(source, weight, backend):
                 dweight = None
                 if needs_weight:
                     if not dweights[row].numel() and not rows.several:
                         dweights[row] = torch.empty_like(weights[row])
                     there = dweights[row].numel() > 0
                     dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
-                dsource = own_conv.conv_backward(dy, source, weight, needs_source, dweight)
+                dsource = cpu_conv.conv_backward(dy, source, weight, needs_source, dweight)
             else:
                 sizes, want = ([dy.shape[1]] if conv_bias else None), [needs_source, needs_weight, conv_bias]
                 dsource, dweight, dbias = _aten.convolution_backward(

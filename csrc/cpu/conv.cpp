@@ -25,6 +25,8 @@ constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient:
 constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
 constexpr int64_t kLeastParts = 8, kMaxParts = 32;
 constexpr int64_t kTilesOfWeight = 32;
+constexpr int64_t kFewTiles =
+    16;  // of a weight's gradient: to bring its sums from core to core costs more than its products
 constexpr int64_t kKept = 1 << 24;  // floats of a buffer that a thread keeps, at most
 
 struct Free {
@@ -130,9 +132,18 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
     return direct(k, conv, w);
   }
   const Winograd& of = winograd(k, conv);
+  const Filters filters{w, out, in, turned};
+  const int64_t lines = conv.out / kLine;
+  if (conv.tiles <= conv.out) {  // transformed weights, which are more than transformed tiles, do not leave their core
+    conv.block = round_up(conv.tiles, kRowsOfBlock);
+    const Buffer v(points(conv.tile) * k.plane(conv.block, conv.in));
+    parallel(conv.tiles, [&](int64_t begin, int64_t end) { of.inputs(conv, v.data, begin, end); });
+    parallel(lines,
+             [&](int64_t begin, int64_t end) { of.channels(conv, filters, v.data, begin * kLine, end * kLine); });
+    return;
+  }
   const Buffer u(points(conv.tile) * weight_rows(conv.in) * conv.out);
-  parallel(conv.out / kLine,
-           [&](int64_t begin, int64_t end) { of.weights(w, out, in, turned, u.data, begin * kLine, end * kLine); });
+  parallel(lines, [&](int64_t begin, int64_t end) { of.weights(filters, u.data, begin * kLine, end * kLine); });
   // Large blocks read the weights less often, but every thread is to have as many; the cut does not change a sum.
   const int64_t largest = std::clamp<int64_t>(kBlockFloats / points(conv.tile) / conv.in, 32, 256),
                 threads = torch::stable::get_num_threads();
@@ -141,21 +152,33 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
   parallel(conv.blocks, [&](int64_t begin, int64_t end) { of.forward(conv, u.data, begin, end); });
 }
 
+// Where the transformed tiles of a pass, of at most `tiles`, are.
+struct Transformed {
+  const Buffer inputs, grads;
+  Transformed(const ConvKernels& k, WeightGradient& job, int64_t tiles)
+      : inputs(floats(k, job, tiles, job.x.in)), grads(floats(k, job, tiles, job.columns)) {
+    job.inputs = inputs.data, job.grads = grads.data;
+  }
+
+ private:
+  static int64_t floats(const ConvKernels& k, WeightGradient& job, int64_t tiles, int64_t channels) {
+    job.x.block = std::max<int64_t>(std::min(job.x.block, tiles), 1);
+    return points(job.x.tile) * k.plane(job.x.block, channels);
+  }
+};
+
 // Adds up the products of tiles [begin, end) in job.sums, a pass at a time.
 template <class Parallel>
 void sum_tiles(const ConvKernels& k, WeightGradient job, int64_t begin, int64_t end, const Parallel& run) {
-  const int64_t block = std::max<int64_t>(std::min(job.x.block, end - begin), 1);
-  job.x.block = block;
   const Winograd& of = winograd(k, job.x);
-  const int64_t planes = points(job.x.tile);
-  const Buffer inputs(planes * k.plane(block, job.x.in)), grads(planes * k.plane(block, job.columns));
-  job.inputs = inputs.data, job.grads = grads.data, job.first = begin, job.add = false;
-  do {  // once where there are no tiles: the sums are zero
+  const Transformed transformed(k, job, end - begin);
+  const int64_t planes = points(job.x.tile), block = job.x.block;
+  job.add = false;
+  for (job.first = begin; job.first < end; job.first += block, job.add = true) {
     job.count = std::min(block, end - job.first);
     run(job.count, [&](int64_t b, int64_t e) { of.gradient_tiles(job, b, e); });
     run(planes * ((job.columns + kGroup - 1) / kGroup), [&](int64_t b, int64_t e) { of.gradient_product(job, b, e); });
-    job.first += block, job.add = true;
-  } while (job.first < end);
+  }
 }
 
 // dweight [out, in, 3, 3], from x and the gradient of the output. One pass after another over all tiles; or the sum
@@ -171,8 +194,17 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   float* dw = dense("dweight", dweight);
   const ConvKernels& k = kernels();
   if (few_channels(in)) return direct_weight(k, job.x, job.grad, dw);
+  const Winograd& of = winograd(k, job.x);
   const int64_t tiles = job.x.tiles, of_tile = points(job.x.tile), size = of_tile * in * out,
                 floats = of_tile * (in + out);
+  if (tiles <= kFewTiles) {  // the sums do not leave their core
+    job.x.block = job.count = tiles, job.parts = 1;
+    const Transformed transformed(k, job, tiles);
+    parallel(tiles, [&](int64_t begin, int64_t end) { of.gradient_tiles(job, begin, end); });
+    parallel(out / kLine,
+             [&](int64_t begin, int64_t end) { of.gradient_channels(job, dw, begin * kLine, end * kLine); });
+    return;
+  }
   // Passes move the transformed values from core to core, parts their sums: parts where these are the fewer, unless
   // they are so few that cores would have none.
   const int64_t most = std::min(tiles * floats / (8 * size), kMaxParts);
@@ -193,7 +225,7 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
       }
     });
   }
-  parallel(out, [&](int64_t begin, int64_t end) { winograd(k, job.x).gradient_weights(job, dw, begin, end); });
+  parallel(out, [&](int64_t begin, int64_t end) { of.gradient_weights(job, dw, begin, end); });
 }
 
 }  // namespace

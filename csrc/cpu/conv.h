@@ -27,6 +27,13 @@ struct Conv {
   int64_t blocks;         // of the forward: into how many the tiles are cut
 };
 
+// Weights [out, 3, 3, in]; `turned`: by half a turn, of the gradient of x, whose channels are the output.
+struct Filters {
+  const float* w;
+  int64_t out, in;
+  bool turned;
+};
+
 struct WeightGradient {
   Conv x;                 // in = C_in
   const float* grad;      // [N, H, W, C_out]
@@ -66,14 +73,18 @@ class Buffer {
 
 // For one size of tiles. Panels are two vectors of channels, or one where there are no more.
 struct Winograd {
-  // Transformed weights, [out / panel][points][weight_rows(in)][panel], of output channels [begin, end) of w [out, 3,
-  // 3, in]; of the gradient of x (`turned`), [in / panel][points][weight_rows(out)][panel], of input channels [begin,
-  // end).
-  void (*weights)(const float* w, int64_t out, int64_t in, bool turned, float* u, int64_t begin, int64_t end);
-  void (*forward)(const Conv& conv, const float* u, int64_t begin, int64_t end);    // blocks of tiles
+  // Where tiles are many, blocks of them share all transformed weights, [out / panel][points][weight_rows(in)][panel],
+  // or, turned, [in / panel][points][weight_rows(out)][panel].
+  void (*weights)(const Filters& filters, float* u, int64_t begin, int64_t end);  // channels of the output
+  void (*forward)(const Conv& conv, const float* u, int64_t begin, int64_t end);  // blocks of tiles
+  // Where they are few, in one block, panels share all transformed tiles, [points][tiles][in + pad].
+  void (*inputs)(const Conv& conv, float* v, int64_t begin, int64_t end);                                  // tiles
+  void (*channels)(const Conv& conv, const Filters& filters, const float* v, int64_t begin, int64_t end);  // of output
   void (*gradient_tiles)(const WeightGradient& job, int64_t begin, int64_t end);    // tiles of the pass
   void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
   void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
+  // Of one pass and one part: both at once.
+  void (*gradient_channels)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
 };
 
 struct ConvKernels {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, checks, conv3x3
+from .. import backends, checks, cpu_conv
 from ..library import _LIB, Flags, empty, to_layout
 from . import exported
 from .bn_relu import normalised
@@ -25,8 +25,9 @@ _LIB.define(
 
 @torch.library.impl(_LIB, "conv3x3", "CompositeExplicitAutograd")
 def _conv3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    kernel = conv3x3.kernel(x, weight, backend)
-    return kernel.conv(x, weight) if kernel else to_layout(torch.conv2d(x, weight, padding=1), True)
+    if cpu_conv.fits(x, weight, backend):
+        return cpu_conv.conv(x, weight)
+    return to_layout(torch.conv2d(x, weight, padding=1), True)
 
 
 @torch.library.impl(_LIB, "conv3x3_backward", "CompositeExplicitAutograd")
@@ -36,9 +37,9 @@ def _conv3x3_backward(
     """The gradients of x and of the weight in channels_last; of no element where one is not needed."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     dx: Tensor | None
-    if kernel := conv3x3.kernel(x, weight, backend):
+    if cpu_conv.fits(x, weight, backend):
         dweight = empty(weight.shape, weight, True) if needs_weight else None
-        dx = kernel.conv_backward(grad, x, weight, needs_x, dweight)
+        dx = cpu_conv.conv_backward(grad, x, weight, needs_x, dweight)
     else:
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             grad, x, weight, None, _ONE, _ONE, _ONE, False, _NONE, 1, [needs_x, needs_weight, False]
@@ -96,7 +97,7 @@ def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     if exported.foreign_tool() or checks.is_autocast(x):
         return F.conv2d(x, weight, padding=1)
     valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
-    if not valid or 0 in x.shape[2:] or not conv3x3.kernel(x, weight, backend):
+    if not valid or 0 in x.shape[2:] or not cpu_conv.fits(x, weight, backend):
         return F.conv2d(x, weight, padding=1)
     return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
