@@ -242,10 +242,11 @@ def test_meta_tensors_and_dynamic_sizes():
 
 
 def test_compiled_once_for_few_pixels_and_many():
-    """Whether there are enough pixels for ours is asked when the graph runs: it guards no size of a batch."""
+    """Whether there are enough pixels for ours is asked when the graph runs: it guards no size of an image."""
     counter = CompileCounter()
     _, weight = operands(c=256, k=256)
-    few, many = (torch.randn(n, 256, 1, 2).to(memory_format=LAST) for n in (5, 9))
+    few, many = (torch.randn(1, 256, *size).to(memory_format=LAST) for size in ((4, 4), (9, 9)))
+    assert not cpu_conv.fits(few, weight, "cpu") and cpu_conv.fits(many, weight, "cpu")
     compiled = torch.compile(lambda x: step(x, weight, False), backend=counter, dynamic=True, fullgraph=True)
     compiled(few), compiled(many)
     assert counter.frame_count == 1
