@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("yaml")
 
-from fractalnet import FractalNet, evaluate, files, plots, sources  # noqa: E402
+from fractalnet import FractalNet, drop_path, evaluate, files, outputs, plots, sources  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.augment import Augment  # noqa: E402
 from fractalnet.loader import Loader  # noqa: E402
+
+from fractal_kernels import BackendUnavailable  # noqa: E402
 
 FILES = {"model.pt", "metrics.json", "loss.png", "accuracy.png", "steps.png", "report.md", "config.yaml"}
 FILES |= {"environment.json", "metrics.jsonl", "metrics.csv", "timing.jsonl", "checkpoints", "tensorboard"}
@@ -72,10 +75,16 @@ def test_metrics(run):
         assert steps["eager"]["saved_bytes"] > steps["fused"]["saved_bytes"]
         assert steps["speedup"] == pytest.approx(steps["eager"]["ms"] / steps["fused"]["ms"])
         assert len(steps["eager"]["rounds_ms"]) == len(steps["fused"]["rounds_ms"])
+        assert steps["saved_share"] == steps["fused"]["saved_bytes"] / steps["eager"]["saved_bytes"]
+        assert steps["scatter"] >= 1
+    assert (steps["paths"], steps["passes"]) == (24, 1)  # eight for each of three columns, each timed once
+    rounds = steps["fused"]["rounds_ms"]
+    assert len(rounds) == 24 and steps["fused"]["ms"] == pytest.approx(sum(rounds) / 24)
 
 
 def test_eval_and_anytime(run, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "PASSES", 1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # nothing is drawn
     out, metrics = run
     assert main(["eval", "--checkpoint", str(out / "model.pt")]) == 0
     printed = capsys.readouterr().out
@@ -86,11 +95,20 @@ def test_eval_and_anytime(run, capsys, monkeypatch):
         assert column["column"] is None or f"{column['accuracy']:.2%}" in answers
 
 
-def test_timing_leaves_the_model_alone(monkeypatch, capsys):
+@pytest.mark.parametrize("mode, passes", [("sampled", 1), ("tied", 3)])
+def test_timing_leaves_the_model_alone(mode, passes, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "PASSES", 1)
     monkeypatch.setitem(sys.modules, "benchmarks.baselines", None)  # as if benchmarks/ were not there
-    data = sources.load("digits")
+    data, stepper = sources.load("digits"), evaluate.stepper
+
+    def seen(net, forward, *rest):
+        """A tied step is one of the full network and of each column."""
+        assert forward(0).shape == ((passes, 8, 10) if passes > 1 else (8, 10))
+        return stepper(net, forward, *rest)
+
+    monkeypatch.setattr(evaluate, "stepper", seen)
     arguments = {"num_classes": 10, "columns": 2, "channels": (8,), "in_channels": 1, "image_size": 8}
+    arguments |= {"global_mode": mode}
     model = FractalNet(**arguments)
     this = SimpleNamespace(loader=Loader(data.train, 8, seed=0, augment=Augment.of(data)), arguments=arguments, name="")
     this.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -100,6 +118,68 @@ def test_timing_leaves_the_model_alone(monkeypatch, capsys):
     assert "eager" not in steps and "left out" in capsys.readouterr().out
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert plots.steps(steps).startswith(b"\x89PNG") and "fused" in evaluate.step_table(steps)
+
+
+@pytest.mark.parametrize("seconds, cycles", [(0.1, evaluate.PASSES), (11.0, 1)])
+def test_calls_are_timed_in_turn(seconds, cycles, monkeypatch):
+    """Not the first ones, which warm up; and in whole cycles, also where there is no time for all of them."""
+    now, seen = [0.0], []
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call(name, takes):
+        def spend(i):
+            seen.append((name, i))
+            now[0] += takes * (1 + i)
+
+        return spend
+
+    times = evaluate.alternate({"a": call("a", seconds), "b": call("b", 2 * seconds)}, cycle=2)
+    assert seen == [(name, i) for i in [1, 0, 1] + [0, 1] * cycles for name in "ab"]
+    assert times["a"] == pytest.approx([1e3 * seconds, 2e3 * seconds] * cycles)
+    assert times["b"] == pytest.approx([2e3 * seconds, 4e3 * seconds] * cycles)
+
+
+def test_times_are_of_an_image(monkeypatch):
+    """Of fewer images than a batch has: divided by as many as there are. A network in training is evaluated."""
+    net, x, seen = FractalNet(5, 2, (4,), image_size=8), torch.randn(3, 3, 8, 8), []
+
+    def times(calls, cycle):
+        seen.append({name: call(0) for name, call in calls.items()})
+        return dict.fromkeys(calls, [6.0, 1.0, 9.0])
+
+    monkeypatch.setattr(evaluate, "alternate", times)
+    found = {name: {"loss": 1.0, "accuracy": 0.5} for name in ("full", "column 0", "column 1")}
+    rows = evaluate.measure(net, found, x, 7)
+    assert [row["ms_per_image"] for row in rows] == [{"1": 6.0, "100": 2.0}] * 3
+    assert [(row["images"], row["timed"]) for row in rows] == [(7, [1, 3])] * 3
+    net.eval()
+    for row in rows:
+        for calls, n in zip(seen, (1, 3), strict=True):
+            torch.testing.assert_close(calls[row["name"]], net(x[:n], column=row["column"]))
+
+
+def test_the_table_of_steps():
+    steps = {"batch_size": 8, "speedup": 2.0, "saved_share": 0.5, "scatter": 1.5}
+    steps |= {name: {"ms": ms, "saved_bytes": int(2.5e6 * ms)} for name, ms in (("fused", 1.0), ("eager", 2.0))}
+    idle, busy = (evaluate.step_table(steps | {"scatter": scatter}) for scatter in (1.5, 1.7))
+    assert busy.startswith(idle) and "\nThe machine was busy: equal steps differ 1.7-fold." in busy[len(idle) :]
+    rows = [line.split() for line in idle.splitlines()[2:]]
+    assert [row[-2:] for row in rows[:2]] == [["1.00", "2.50"], ["2.00", "5.00"]]
+    assert rows[2] == "fused against eager 2.00x as fast 0.50x the bytes".split()
+
+
+def test_timed_paths_have_the_rates_of_now():
+    """Also the local rate, also where rates change over the training, also per sample."""
+    net = FractalNet(5, 3, (4,), image_size=8, local_drop=[(0, 0.0), (4, 0.9)], global_ratio=[(0, 0.75), (4, 0.0)])
+    full = drop_path.full_path(1, 3).keep.flatten()
+    for granularity in ("batch", "sample"):
+        net.granularity, kept = granularity, []
+        for net.path_step, seed in ((0, 0), (0, 0), (0, 1), (4, 0)):
+            paths = evaluate.mixture(net, 4, 16, seed)
+            kept.append(torch.cat([path.keep.flatten(0, 2).view(len(full), -1) for path in paths], 1))
+        whole = [(keep == full[:, None]).all(0).float().mean() for keep in kept]
+        assert 0.1 < whole[0] < 0.4 and whole[3] == 0
+        assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -130,6 +210,34 @@ def test_interrupted_writing(tmp_path, monkeypatch, function, call):
         assert (tmp_path / "a").read_bytes() == old["a"]
 
 
+def test_folders_that_stay(tmp_path):
+    """What was made vanishes again unless something is put there; what was there stays."""
+    (tmp_path / "old").mkdir()
+    with files.folder_for(tmp_path / "old" / "new" / "deep") as folder:
+        assert folder.is_dir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+    with files.folder_for(tmp_path / "a" / "b") as folder:
+        files.write(folder, {"c": b"1"})
+    assert (tmp_path / "a" / "b" / "c").read_bytes() == b"1"
+    with pytest.raises(files.UserError, match="cannot write to the folder .*none: No such file"):
+        files.write(tmp_path / "none", {"c": b"1"})
+
+
+def test_signals_are_noted():
+    """A second Ctrl-C interrupts. Afterwards the handlers are those of before; the first signal is the status."""
+    kinds = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in kinds]
+    with files.signals() as came:
+        for number in (*kinds[:1], *kinds):
+            signal.raise_signal(number)
+        assert came == [*kinds[:1], *kinds]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in kinds] == before
+    for came, status in (([], 0), ([*kinds], 0), ([*kinds[::-1]], 130)):
+        assert files.stopped(came, Path("x")).status == status
+
+
 # --- errors ----------------------------------------------------------------------------------------
 
 
@@ -142,6 +250,10 @@ def test_interrupted_writing(tmp_path, monkeypatch, function, call):
         (["train", "digits", "--epochs", "0"], ["--epochs", "1 or more", "got 0"]),
         (["train", "digits", "--batch-size", "many"], ["batch_size", "many"]),
         (["train"], ["RECIPE"]),
+        (["train", "--out", "run"], ["expected a RECIPE"]),
+        (["train", "digits", "--recipe", "mine"], ["--recipe: expected one recipe, got 'digits' and 'mine'"]),
+        (["compare"], ["error: runs: expected folders of finished runs", "found none"]),
+        (["eval", "--check", "model.pt"], ["required: --checkpoint"]),
         (["paint"], ["'paint'", "train", "eval", "anytime", "study"]),
         (["eval"], ["--checkpoint"]),
         (["eval", "--checkpoint", "nowhere/model.pt"], ["nowhere/model.pt", "no such file"]),
@@ -151,6 +263,23 @@ def test_wrong_calls(argv, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(argv, words)
     assert not list(tmp_path.iterdir())
+
+
+STATUSES = [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141), (files.Stopped("said", 3), 3)]
+
+
+@pytest.mark.parametrize("error, status", [*STATUSES, (files.UserError("said"), 2), (BackendUnavailable("said"), 2)])
+def test_how_a_command_ends(error, status, monkeypatch, capfd):
+    def broken(_):
+        raise error
+
+    ends = []
+    monkeypatch.setattr(outputs, "found", broken)
+    monkeypatch.setattr(os, "dup2", lambda *a: ends.append(a))
+    assert main(["compare"]) == status
+    assert len(ends) == isinstance(error, BrokenPipeError)  # nothing is written there at the end either
+    printed = capfd.readouterr()
+    assert not printed.out and str(error) in printed.err and len(printed.err.splitlines()) == 1 - len(ends)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "noise", "foreign", "other state", "folder"])
@@ -192,6 +321,15 @@ def test_missing_package(monkeypatch, capsys, tmp_path):
     assert main(["train", "digits", "--out", str(tmp_path / "out")]) == 2
     assert "pip install fractal-kernels[train]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named_as_they_are_installed(monkeypatch):
+    for name in ("yaml", "PIL", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        files.UserError, match=r"^missing: PyYAML \(.*\), pillow \(.*\), tqdm \(.*\); pip install fract"
+    ):
+        files.require("yaml", "json", "PIL", "tqdm")
 
 
 @pytest.mark.parametrize("command", ["train digits", "eval --checkpoint model.pt"])

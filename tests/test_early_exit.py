@@ -1,6 +1,7 @@
 """Early exit against its definition: every column on everything, the first sure one chosen."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,28 +77,51 @@ def test_empty_batch():
 
 def test_errors():
     net, x = network()
-    for confidence in (-0.1, 1.5, float("nan")):
+    for confidence in (-0.1, 1.5, float("nan"), "high", None, True):
         with pytest.raises(ValueError, match=r"early_exit: expected confidence in \[0, 1\], got"):
             net.early_exit(x, confidence)
     with pytest.raises(ValueError, match="early_exit: expected a model in evaluation mode"):
         net.train().early_exit(x)
 
 
-def test_half_precision():
-    """A probability that bfloat16 would round to 1 does not count as sure."""
-    net, x = FractalNet(4, 3, (4, 6), image_size=8).eval().bfloat16(), torch.randn(24, 3, 8, 8).bfloat16()
+@pytest.mark.parametrize("dtype, bias, confidence", [(torch.bfloat16, 8, 0.9995), (torch.float64, 20, 1 - 1e-10)])
+def test_rounded_probabilities(dtype, bias, confidence):
+    """One that bfloat16 would round to 1, or float32 of a network in fp64, does not count as sure."""
+    net, x = FractalNet(4, 3, (4, 6), image_size=8).eval().to(dtype), torch.randn(24, 3, 8, 8, dtype=dtype)
     with torch.no_grad():
         net.head.weight.zero_()
-        net.head.bias.copy_(torch.tensor([8.0, 0, 0, 0]))  # a probability of 0.99899
-    assert net(x, column=0).softmax(1).amax() == 1
-    result = net.early_exit(x, 0.9995)
-    assert result.column.unique().tolist() == [2] and result.logits.dtype == torch.bfloat16
+        net.head.bias.copy_(torch.tensor([bias, 0, 0, 0]))  # a probability of 0.99899, and of 1 - 6e-9
+    less = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert net(x, column=0).to(less).softmax(1).amax() == 1
+    result = net.early_exit(x, confidence)
+    assert result.column.unique().tolist() == [2] and result.logits.dtype == dtype
 
 
 def test_a_probability_of_the_threshold_is_sure():
     net = FractalNet(4, 3, (4,), image_size=8).eval()
     torch.nn.init.zeros_(net.head.weight)
     assert net.early_exit(torch.randn(5, 3, 8, 8), 0.25).column.unique().tolist() == [0]
+
+
+def test_times_until_an_answer(monkeypatch):
+    """From the start of every part, for all of them; the first two rounds warm up."""
+    net, x = network()
+    now, parts = [0.0], []
+
+    def answers(self, part):
+        parts.append(len(part))
+        for column in range(3):
+            now[0] += (len(parts) - 1) // 3 - 1 if len(parts) > 6 else 100  # three parts are a round
+            yield column, 0, torch.zeros(len(part), 4)
+
+    monkeypatch.setattr(anytime, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(anytime, "CHUNK", 10)
+    monkeypatch.setattr(FractalNet, "anytime", answers)
+    rows = anytime.answers(net, x, torch.zeros(24, dtype=torch.long))
+    assert parts == [10, 10, 4] * 7 and [row["accuracy"] for row in rows] == [1] * 3
+    assert [row["ms"] for row in rows] == pytest.approx([9e3, 18e3, 27e3])  # of rounds of 1 to 5 seconds an answer
+    table = [line.split() for line in anytime.answers_table(rows, 24).splitlines()]
+    assert table[2:] == [["column", str(c), str(net.depth(c)), "100.00%", f"{9e3 * (c + 1):.1f}"] for c in range(3)]
 
 
 def test_command(tmp_path, capsys, monkeypatch, packed):

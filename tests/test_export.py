@@ -217,15 +217,19 @@ def test_metadata_that_json_does_not_know(function, metadata, tmp_path):
 # --- columns as files --------------------------------------------------------------------------------
 
 
+LAYERS = [{"activation": "silu", "pool": "avg"}, {"activation": "mish", "stem": "resnet", "image_size": 20}]
+LAYERS += [{"activation": "leaky_relu", "dropout": (0.1, 0.2)}]
+
+
 @pytest.mark.parametrize("fold", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + LAYERS)
 def test_column_file(tmp_path, options, fold):
     net, path = trained(**options), tmp_path / "column.safetensors"
     export.save_column(net, 2, path, fold=fold)
     loaded, expected = export.load_column(path), net.extract_column(2, fold=fold)
     assert str(loaded) == str(expected.eval()) and not loaded.training
     assert all(type(m).__module__.startswith("torch.nn") for m in loaded.modules())
-    assert torch.equal(loaded(images := torch.randn(4, 3, 8, 8)), expected(images))
+    assert torch.equal(loaded(images := torch.randn(4, 3, net.image_size, net.image_size)), expected(images))
     loaded.train()(images).sum().backward()
     assert all(p.grad is not None for p in loaded.parameters())
 
@@ -252,6 +256,7 @@ def tampered(layers, state, format=export.FORMAT):
         ("unknown layer", "unknown layer 'Upsample' with scale_factor"),
         ("not a layer", "unknown layer '__loader__'"),
         ("arguments", "unknown layer 'Conv2d' with dtype, in_channels"),
+        ("fewer arguments", "unknown layer 'Conv2d' with in_channels, out_channels, kernel_size, padding, bias"),
         ("missing weight", "Missing key"),
         ("other shape", "size mismatch for 0.weight"),
         ("no json", "Expecting value"),
@@ -265,6 +270,7 @@ def test_what_is_no_column_file(tmp_path, damage, words):
         layers = json.loads(file.metadata()["layers"])
     state, text = safetensors.load_file(path), json.dumps(layers)
     wide = json.dumps([["Conv2d", {**layers[0][1], "in_channels": 10**9}], *layers[1:]])
+    fewer = json.dumps([["Conv2d", {k: v for k, v in layers[0][1].items() if k != "stride"}], *layers[1:]])
     path.write_bytes(
         {
             "cut": path.read_bytes()[:-100],
@@ -274,6 +280,7 @@ def test_what_is_no_column_file(tmp_path, damage, words):
             "unknown layer": tampered(json.dumps([["Upsample", {"scale_factor": 2}], *layers]), state),
             "not a layer": tampered(json.dumps([["__loader__", {}]]), state),
             "arguments": tampered(json.dumps([["Conv2d", {"dtype": 1, "in_channels": 3}]]), state),
+            "fewer arguments": tampered(fewer, state),
             "missing weight": tampered(text, {name: t for name, t in state.items() if name != "1.running_mean"}),
             "other shape": tampered(wide, state),
             "no json": tampered("", state),
@@ -290,6 +297,10 @@ def test_no_column_file(tmp_path):
         export.load_column(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="extract_column: expected c from 0 to 2, got 3"):
         export.save_column(trained(), 3, tmp_path / "column")
+    net = trained()
+    net.head = nn.Sequential(net.head, nn.Softmax(1))
+    with pytest.raises(ValueError, match="save_column: expected layers of Conv2d, .*, Linear, got Sequential"):
+        export.save_column(net, 1, tmp_path / "column")
     assert not list(tmp_path.iterdir())
 
 
@@ -315,6 +326,7 @@ def test_commands(checkpoint, tmp_path, capfd):
         said = dict.fromkeys(("classes", "scale", "mean", "std"), "")
         program = torch.export.load(out.with_suffix(".pt2"), extra_files=said)
         assert relative(program.module()(x), net(x, column=column)) <= 1e-5
+        assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)  # folded
     assert main(["export", "--checkpoint", file, "--out", str(out.with_suffix(".onnx"))]) == 0
     session = ort.InferenceSession(out.with_suffix(".onnx").read_bytes(), providers=["CPUExecutionProvider"])
     assert relative(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), net(x)) <= 1e-5

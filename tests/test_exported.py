@@ -336,3 +336,11 @@ def test_exporting_first_leaves_nothing_behind():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "Tensor Tensor\n", done.stderr[-2000:]
+
+
+def test_programs_of_other_images():
+    """In the network's dtype and channels; folded, unless that is not wanted."""
+    net = fractalnet.FractalNet(5, 2, (4,), in_channels=2, image_size=8).double().eval()
+    program, x = fractalnet.export.to_exported_program(net, 1), torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x), net(x, column=1), rtol=1e-10, atol=1e-12)
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)

@@ -222,7 +222,7 @@ def test_files_that_do_not_fit(naming):
     cases = [
         (ours(), {**state, "optimizer": torch.zeros(1)}, "unknown optimizer"),
         (ours(), {name: t for name, t in state.items() if name != head}, f"missing {head}"),
-        (ours(), {**state, conv: torch.zeros(4, 3, 5, 5)}, f"{conv}: expected shape .4, 3, 3, 3., got .4, 3, 5, 5."),
+        (ours(), {**state, conv: torch.zeros(3, 4, 3, 3)}, f"{conv}: expected shape .4, 3, 3, 3., got .3, 4, 3, 3."),
         (ours(num_classes=9), state, f"{head}: expected shape .9., got .7."),
         (ours(channels=(4, 6, 6)), state, "missing .*; and 30 more"),
         (ours(columns=2), state, "unknown .*; and .* more"),
@@ -258,9 +258,14 @@ def test_what_is_another_function():
     for options in ({"pool": "avg"}, {"last_pool": False}):
         with pytest.raises(ValueError, match=f"save: expected model with max-pools .*, got {next(iter(options))}="):
             interchange.save(ours(**options), "pytorchcv")
-    with pytest.raises(ValueError, match="save: expected model without a stem"):
-        net = FractalNet(7, 2, (4,), image_size=32, stem="resnet", pool_order="after_join")
-        interchange.save(net, "pytorchcv")
+    for options, words in (
+        ({"stem": "resnet", "image_size": 32}, "without a stem, as pytorchcv has none"),
+        ({"activation": "silu"}, "of fused blocks, as pytorchcv has, got block 0: composed"),
+    ):
+        with pytest.raises(ValueError, match=f"load: expected model {words}"):
+            interchange.load(ours(**options), state)
+        with pytest.raises(ValueError, match=f"save: expected model {words}"):
+            interchange.save(ours(**options), "pytorchcv")
     with pytest.raises(TypeError, match="save: expected model a FractalNet, got Linear"):
         interchange.save(torch.nn.Linear(1, 1), "pytorchcv")
     with pytest.raises(ValueError, match="expected a tensor, got str"):

@@ -1,6 +1,7 @@
 """The options of the networks, their errors, columns and parameter counts; the plain networks."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import fractalnet
@@ -197,6 +198,8 @@ def test_errors_of_blocks_and_plain_networks():
         PlainNet(7, 0, (4, 4))
     with pytest.raises(ValueError, match="PlainNet: expected channels a positive width per block, got"):
         PlainNet(7, 1, ())
+    with pytest.raises(ValueError, match="PlainNet: expected bn_affine True or False, got 1"):
+        PlainNet(7, 1, (4,), bn_affine=1)
     block, path = ComposedBlock(3, (4, 2)), full_path(1, 2)
     with pytest.raises(ValueError, match=r"FractalBlock: expected x with H and W >= 2 for pooling, got \[1, 4\]"):
         FractalNet(7, 2, (4,), pool="avg")(torch.randn(2, 3, 1, 4))
@@ -232,6 +235,22 @@ def test_plain_network_is_the_deepest_column(options):
         net.result = net(x)
     torch.testing.assert_close(plain.result, column.result, rtol=1e-4, atol=1e-5)
     assert plain.depth() == 8 + ("stem" in options)
+
+
+FANS = ((3 * 49, 64 * 49), (64 * 9, 32 * 9), (32 * 9, 128 * 9))
+
+
+@pytest.mark.parametrize("init", ["xavier", "he"])
+def test_options_of_a_plain_network(init):
+    """As a fractal network takes them, and unless they are given the same ones."""
+    options = {"stem": "resnet", "conv_bias": True, "init": init, "momentum": 0.3, "eps": 0.01}
+    net = PlainNet(5, 1, (32, 128), **options)  # of these fans, after the stem's
+    for (step, *_), fans in zip((net.stem, *net.blocks), FANS, strict=True):
+        std = (2 / fans[0]) ** 0.5 if init == "he" else (2 / sum(fans)) ** 0.5
+        assert step.conv.weight.std().item() == pytest.approx(std, rel=0.04)
+        assert not step.conv.bias.any() and (step.bn.momentum, step.bn.eps) == (0.3, 0.01)
+    fractal, plain = (inspect.signature(kind).parameters for kind in (FractalNet, PlainNet))
+    assert all(fractal[name].default == p.default for name, p in plain.items() if name != "depth_per_block")
 
 
 def parameters(level, source, joined, net):
@@ -279,6 +298,9 @@ def test_parameter_counts(name):
     known = {"fractalnet20": 33_724_618, "fractalnet40": 27_549_300, "fractal_c3": 2_125_204}
     assert COUNTS[name] == known.get(name, COUNTS[name])
     depth = {"fractalnet20": 20, "fractalnet40": 40, "fractalnet34": 33}  # 34 with the classifier
+    assert model.image_size == (224 if name == "fractalnet34" else 32)
+    unpooled = [not name.startswith("plain") and block.pool is None for block in model.blocks]
+    assert unpooled == [False] * (len(unpooled) - 1) + [name == "fractalnet34"]
     assert model.depth() == (depth[name] if name in depth else 5 * 2 ** (int(name[-1]) - 1))
 
 

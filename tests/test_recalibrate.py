@@ -86,7 +86,7 @@ def test_a_column_against_hooks_on_the_extracted_one(name, column):
     with torch.no_grad():
         for x in loader:
             plain(x)
-    net.recalibrate(((x, "label") for x in loader), column=column)
+    net.eval().recalibrate(((x, "label") for x in loader), column=column)
     inputs = iter(seen.values())
     last = len(net.blocks[0].running_mean) - 1
     expected = dict(before)
@@ -117,7 +117,7 @@ def test_the_full_network_against_the_recursive_rule():
             for b, block in enumerate(net.blocks):
                 deep = conv(block, b, 1, 1, conv(block, b, 1, 0, z))
                 z = (F.max_pool2d(conv(block, b, 0, 0, z), 2) + F.max_pool2d(deep, 2)) / 2
-    net.recalibrate(loader)
+    net.eval().recalibrate(loader)
     for (b, s, c, j), got in statistics_of(net).items():
         expected = [*means(seen[b, c, j]), torch.tensor(len(loader))] if s == 0 else before[b, s, c, j]
         for value, want in zip(got, expected, strict=True):

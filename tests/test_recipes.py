@@ -1,7 +1,9 @@
 """Recipes against the paper's text, their options, and the learning rate over a training."""
 
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +11,10 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("yaml")
 
 import torch  # noqa: E402
-from fractalnet import FractalNet, config, evaluate, schedules, summary  # noqa: E402
+from fractalnet import FractalNet, config, devices, evaluate, schedules, summary, train  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.config import Schedule  # noqa: E402
+from fractalnet.drop_path import full_path  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
 
 FACTS = Path(config.FOLDER)
@@ -209,6 +212,19 @@ def test_wrong_files(text, refused, tmp_path, monkeypatch):
 # --- what a run would be -------------------------------------------------------------------------
 
 
+def test_where_a_run_goes(monkeypatch, capsys):
+    """And that nothing runs where its options are asked for."""
+    runs = []
+    monkeypatch.setattr(train, "run", lambda found, plain, *where: runs.append(where))
+    for argv in (["fractalnet20/c10"], ["--recipe", "digits", "--resume", "--overwrite"], ["digits", "--options"]):
+        assert main(["train", *argv]) == 0
+    assert runs == [
+        ("fractalnet20/c10", Path("runs/fractalnet20-c10"), None, False),
+        ("digits", Path("runs/digits"), "newest", True),
+    ]
+    assert "--batch_size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, million, parameters", [("fractalnet20-drop/c10+", "845.2", "33,724,618")])
 def test_dry_run(name, million, parameters, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -228,6 +244,60 @@ def test_work_and_live_fraction():
     assert summary.live_fraction(net) == pytest.approx(0.59, abs=0.02)
     for options in ({"local_drop": 0, "global_ratio": 0}, {"granularity": "sample"}):  # or masked
         assert summary.live_fraction(FractalNet(10, 3, (4,), image_size=8, **options)) == 1
+
+
+def test_figures_of_a_dry_run(tmp_path, capsys):
+    """Against their definitions: of 1437 images of 8 x 8 and, by options, of all that the figures depend on."""
+    file, epochs = tmp_path / "mine.yaml", 10**6
+    network = "{columns: 2, channels: [256], granularity: sample}"
+    sgd = "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
+    plan = f"epochs: {epochs}\nbatch_size: 10000\noptimizer: {sgd}\n"
+    file.write_text(f"network: {network}\ndata: {{source: digits}}\n{plan}")
+
+    def figures(*options):
+        assert main(["train", str(file), "--dry-run", *options]) == 0
+        found = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines()[-7:])
+        return found | {"MB": [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) MB", found["memory, estimate"])]}
+
+    one = figures()
+    net = FractalNet(10, 2, (256,), in_channels=1, image_size=8, granularity="sample")
+    size, x = sum(p.numel() for p in net.parameters()), torch.randn(4, 1, 8, 8)
+    saved = evaluate.saved_bytes(net, lambda: net(x, path=full_path(1, 2)).sum()) / 4 * 1e4 / 1e6
+    assert f"{size:,} parameters" in one["network"] and one["steps"] == f"{epochs} epochs x 1 batches of 10000"
+    assert one["MB"][1] == pytest.approx(saved, rel=0.03) and abs(one["MB"][0] - sum(one["MB"][1:])) <= 1
+    assert one["live fraction under drop-path"] == "100.0% of the blocks' convolutions"  # none is drawn
+    total = 3 * summary.work(net, 1, 8) * 1437 * epochs / 1e15
+    assert float(one["training"].split()[0].replace(",", "")) == pytest.approx(total, abs=0.01)
+    for options, copies, activations in (
+        ([], 2, 1),
+        (["--optimizer.momentum", "0.9"], 3, 1),
+        (["--optimizer", "AdamW", "--ema", "0.9"], 5, 1),
+        (["--precision", "fp64"], 4, 2),
+        (["--precision", "bf16"], 2, 0.5),
+    ):
+        _, held, weights = figures(*options)["MB"]
+        assert weights == round(copies * size * 4 / 1e6) and held == pytest.approx(activations * one["MB"][1], abs=1)
+    steps = figures("--batch_size", "1000", "--accumulate", "3")["steps"]
+    assert steps.endswith("x 2 batches of 1000, an optimizer step every 3")
+
+
+def test_dry_runs_of_other_networks(tmp_path, capsys):
+    """Tied columns draw no column; a plain network nothing. Images of another size are of that size."""
+    file = tmp_path / "mine.yaml"
+    sgd, live = "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}", []
+    for network in (
+        "{columns: 2, channels: [4], global_mode: tied}",
+        "{columns: 2, channels: [4], global_ratio: 0}",
+        "{name: plain_c1, channels: [4]}",
+    ):
+        data = "{source: imagenet, image_size: 16}"
+        file.write_text(f"network: {network}\ndata: {data}\nepochs: 1\nbatch_size: 10\noptimizer: {sgd}\n")
+        assert main(["train", str(file), "--dry-run"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"{file.stem}: imagenet, 1,281,167 training images 3 x 16 x 16, 1000 classes" in lines
+        live += [line for line in lines if line.startswith("live fraction")]
+    assert live[0] == live[1] + "; and every column by itself" and live[1].endswith(", mean of 2000 paths")
+    assert live[2] == "live fraction under drop-path: 100.0% of the blocks' convolutions"
 
 
 @pytest.mark.parametrize("options, words", [
@@ -260,3 +330,23 @@ def test_warm_up_and_milestones_scale_with_the_epochs(tmp_path):
     found = config.load(str(file), ["--epochs", "10"])[0].schedule
     assert found.warmup == 2 and found.milestones == [5]
     assert config.load(str(file), ["--epochs", "10", "--schedule.warmup", "4"])[0].schedule.warmup == 4
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:You passed")
+def test_a_precision_that_the_device_has_not():
+    """Fabric would put another one in its place."""
+    options = {"strategy": "auto", "devices": "1", "nodes": 1, "accelerator": "cpu", "precision": "fp16"}
+    with pytest.raises(UserError, match="--precision: expected one that cpu has, got fp16"):
+        devices.fabric_for(SimpleNamespace(**options))
+
+
+def test_only_what_is_shaped_like_a_parameter_is_laid_out():
+    """Counters stay, and what is kept in another dtype stays in it."""
+    p, mean = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)), torch.randn(4, 3, 2, 2)
+    held = {"step": torch.tensor(3.0), "mean": mean.bfloat16()}
+    devices.lay_out(SimpleNamespace(state={p: held}))
+    assert held["step"].shape == () and held["mean"].stride() == p.stride()
+    assert held["mean"].dtype == torch.bfloat16 and torch.equal(held["mean"], mean.bfloat16())

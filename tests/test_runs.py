@@ -369,24 +369,28 @@ def test_work_of_composed_and_tied_networks(tmp_path, capsys):
 
 
 def test_anytime_in_parts(monkeypatch):
-    """The answers are those of all images at once."""
+    """The answers are those of all images at once, of a network in evaluation."""
     from fractalnet import anytime
 
-    net = FractalNet(5, 2, (4, 6), image_size=8).eval()
+    monkeypatch.setattr(anytime, "CONFIDENCES", (0.0, 0.5, 1.0))
+    net = FractalNet(5, 2, (4, 6), image_size=8)
     x, y = torch.randn(11, 3, 8, 8), torch.randint(5, (11,))
     found = []
     for size in (500, 3):
         for module in (evaluate, anytime):
             monkeypatch.setattr(module, "CHUNK", size)
-        rows = [*anytime.answers(net, x, y, rounds=1), *anytime.exits(net, x, y)]
+        rows = [*anytime.answers(net.train(), x, y, rounds=1), *anytime.exits(net.train(), x, y)]
         found.append([(r.get("name"), r["accuracy"], round(r["loss"], 4), r.get("shares")) for r in rows])
-    assert found[0] == found[1] and len(found[0]) == 2 + 3 + len(anytime.CONFIDENCES)
+    assert found[0] == found[1] and len(found[0]) == 2 + 3 + 3
+    assert found[0][5][-1] == [1.0, 0.0] and found[0][7][-1] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("classes, top", [(19, False), (20, True)])
 def test_scores_of_batches_of_several_sizes(classes, top):
-    """As of one batch; and the five best answers where there are enough classes."""
+    """As of one batch, and none has a say that is empty; and the five best answers where there are enough classes."""
     net, x, y = FractalNet(classes, 1, (4,), image_size=8), torch.randn(7, 3, 8, 8), torch.arange(7) % 5
-    whole, parts = (evaluate.scores(net, b)["full"] for b in ([(x, y)], [(x[:6], y[:6]), (x[6:], y[6:])]))
+    whole, parts = (
+        evaluate.scores(net, b)["full"] for b in ([(x, y)], [(x[:6], y[:6]), (x[6:], y[6:]), (x[7:], y[7:])])
+    )
     assert parts == pytest.approx(whole, rel=1e-5) and ("accuracy_top5" in whole) == top
     assert whole["loss"] == pytest.approx(torch.nn.functional.cross_entropy(net(x), y).item(), rel=1e-5)

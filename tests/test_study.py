@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,12 +51,13 @@ class Bar:
 
 def test_depth_command(tmp_path, capsys, small):
     out = tmp_path / "new" / "depth"
-    assert main(["study", "depth", "--columns", "1,3", "--epochs", "2", "--seeds", "4,5", "--out", str(out)]) == 0
+    argv = ["study", "depth", "--columns", "1,3", "--epochs", "2", "--lr", "0.03", "--seeds", "4,5"]
+    assert main([*argv, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert {f.name for f in out.iterdir()} == {"depth.json", "depth.png", "columns.png"}
     assert all((out / f).read_bytes().startswith(b"\x89PNG") for f in ("depth.png", "columns.png"))
     found = json.loads((out / "depth.json").read_text())
-    assert (found["recipe"]["epochs"], found["recipe"]["lr"], found["recipe"]["batch_size"]) == (2, 0.02, 50)
+    assert (found["recipe"]["epochs"], found["recipe"]["lr"], found["recipe"]["batch_size"]) == (2, 0.03, 50)
     keys = [(run["columns"], run["kind"], run["seed"]) for run in found["runs"]]
     assert keys == [(c, kind, s) for c in (1, 3) for kind in ("plain", "whole", "mixture") for s in (4, 5)]
     for run in found["runs"]:
@@ -88,6 +90,36 @@ def test_one_seed_is_one_run_and_the_same_batches(small):
     assert history == again[0] and seen == again[1]
     assert len(seen) == 3 and seen != other[1]
     assert seen == trained("plain", 3)[1] == trained("whole", 3)[1]
+
+
+def test_every_batch_is_moved_anew(small, monkeypatch):
+    """As far as the recipe says; but not the images whose loss is followed."""
+    made, keys = [], []
+
+    class Seen:
+        def __init__(self, augment):
+            self.augment = augment
+
+        def eval(self):
+            keys.append("eval")
+            return Seen(self.augment.eval())
+
+        def __call__(self, x, key=None):
+            keys.append(key)
+            return self.augment(x, key)
+
+    of = study.Augment.of
+    seen = SimpleNamespace(of=lambda data, **options: made.append(options) or Seen(of(data, **options)))
+    monkeypatch.setattr(study, "Augment", seen)
+    study.fit(study.network("plain", 1, small), small, study.Recipe(2, 0.02, shift=1), 7, Bar())
+    assert made == [{"translate": 1, "padding": "black"}] and keys == ["eval", None, *((7, i) for i in range(6))]
+
+
+def test_kinds_of_networks(small):
+    rates = {"whole": (0, 0), "local": (0.15, 0), "mixture": (0.15, 0.5)}
+    nets = {kind: study.network(kind, 2, small) for kind in rates}
+    assert {kind: (net.local_drop, net.global_ratio) for kind, net in nets.items()} == rates
+    assert {*rates, "plain"} == set(study.KINDS)
 
 
 def test_losses_are_those_of_training(small):
@@ -163,7 +195,6 @@ def test_features_end_where_the_classifier_begins(stem):
     net = FractalNet(5, 3, (4, 6), image_size=20, stem=stem)
     for _ in range(3):
         net(torch.randn(6, 3, 20, 20))
-    net.eval()
     x = torch.randn(5, 3, 20, 20)
     found = list(probes.features(net, x))
     deep, stemmed = {}, int(stem is not None)
@@ -221,7 +252,8 @@ def test_statistics_command(tmp_path, capsys, small):
     assert main(["study", "statistics", "--epochs", "2", "--seeds", "7", "--out", str(out)]) == 0
     assert [f.name for f in out.iterdir()] == ["statistics.json"]
     found = json.loads((out / "statistics.json").read_text())
-    assert found["recipe"]["epochs"] == 2 and [run["seed"] for run in found["runs"]] == [7]
+    recipe = {"lr": 0.02, "batch_size": 64, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "shift": 1}
+    assert found["recipe"] == {"epochs": 2, **recipe} and [run["seed"] for run in found["runs"]] == [7]
     run = found["runs"][0]
     assert run["same_weights"]  # statistics do not act on training
     scores = run["scores"]
@@ -230,6 +262,25 @@ def test_statistics_command(tmp_path, capsys, small):
     one, two = scores["one set, recalibrated"], scores["two sets, recalibrated"]
     assert one["full"] == two["full"] and one["deepest column"] == two["deepest column"]
     assert f"{scores['one set']['full']['loss']:.4f}" in capsys.readouterr().out
+
+
+# --- calls -----------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for(monkeypatch):
+    """By default what docs/studies.md has; and of a list each thing once."""
+    asked = []
+    for module, name in ((study, "depth"), (study, "statistics"), (probes, "run")):
+        monkeypatch.setattr(module, name, lambda *arguments: asked.append(arguments))
+    options = ["--columns", "2,1,2", "--kinds", "local,plain,local", "--epochs", "3", "--lr", "1e-3", "--seeds", "1,1"]
+    calls = (["depth"], ["depth", *options, "--out", "x"], ["statistics"], ["probes", "--checkpoint", "m"])
+    assert [main(["study", *argv]) for argv in calls] == [0] * 4
+    assert asked == [
+        ((1, 2, 3, 4, 5, 6), 40, (0,), 0.02, ("plain", "whole", "mixture"), Path("runs/depth")),
+        ((2, 1), 3, (1,), 1e-3, ("local", "plain"), Path("x")),
+        (20, (0, 1, 2), Path("runs/statistics")),
+        (Path("m"), None, Path("runs/probes")),
+    ]
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -244,6 +295,7 @@ def test_statistics_command(tmp_path, capsys, small):
         (["study", "depth", "--columns", "3,"], ["--columns", ">= 1", "''"]),
         (["study", "depth", "--kinds", "plain,resnet"], ["--kinds", "plain, whole, local, mixture", "'resnet'"]),
         (["study", "depth", "--lr", "0"], ["--lr", "> 0", "'0'"]),
+        (["study", "depth", "--lr", "inf"], ["--lr", "> 0", "'inf'"]),
         (["study", "depth", "--seed", "1"], ["--seed", "--seeds", "--columns"]),
         (["study", "probes"], ["--checkpoint"]),
         (["study", "probes", "--checkpoint", "nowhere.pt"], ["nowhere.pt", "no such file"]),

@@ -382,3 +382,10 @@ def test_a_scaler_that_skips_the_first_step_leaves_no_momenta_of_chance():
         scaler.update()
         optimizer.zero_grad()
     assert torch.equal(p, torch.full((4,), 0.5))
+    kept, state = optimizer.state[p]["momentum_buffer"], dict(optimizer.state[p])
+    devices.zero_momenta(optimizer)
+    assert optimizer.state[p] == state and optimizer.state[p]["momentum_buffer"] is kept  # of a run that goes on
+    devices.unfuse(optimizer)
+    optimizer.state.clear()
+    devices.zero_momenta(optimizer)
+    assert not optimizer.state and not optimizer.param_groups[0]["fused"]

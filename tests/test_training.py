@@ -274,7 +274,8 @@ def test_ten_crops_average_probabilities():
 
 def test_networks_that_differ_are_not_timed():
     one, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
-    evaluate.hold_together(one, one, x)
+    evaluate.hold_together(one.eval(), one, x)
+    assert one.training
     for bias in (0.1, float("nan")):
         other = torch.nn.Linear(3, 2)
         other.load_state_dict({"weight": one.weight, "bias": one.bias + bias})
@@ -344,11 +345,18 @@ def test_initial_weights_are_of_glorot_and_he():
 
 
 def test_the_rate_of_a_study_falls_to_zero(monkeypatch):
-    data, factor, seen = sources.load("digits"), study.factor, []
+    """From the recipe's; and the seconds are of all epochs, the losses of the last one too."""
+    data, factor, seen, made, sgd = sources.load("digits"), study.factor, [], [], torch.optim.SGD
     data = dataclasses.replace(data, train=Images(data.train.x[:150], data.train.y[:150], 16.0))
     monkeypatch.setattr(study, "factor", lambda *a: seen.append(factor(*a)) or seen[-1])
-    study.fit(study.network("plain", 1, data), data, study.Recipe(4, 0.02), 0, SimpleNamespace(update=lambda: None))
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **options: made.append(sgd(*a, **options)) or made[-1])
+    monkeypatch.setattr(study, "time", SimpleNamespace(process_time=iter(range(99)).__next__))
+    recipe = study.Recipe(4, 0.03, momentum=0.8, nesterov=True, weight_decay=1e-4)
+    found = study.fit(study.network("plain", 1, data), data, recipe, 0, SimpleNamespace(update=lambda: None))
     assert seen == pytest.approx([0.5 + 0.5 * np.cos(np.pi * i / 12) for i in range(12)])
+    group = made[0].param_groups[0]
+    assert [group[key] for key in ("lr", "momentum", "nesterov", "weight_decay")] == [0.03 * seen[-1], 0.8, True, 1e-4]
+    assert found["cpu_seconds"] == 4 and [row["epoch"] for row in found["history"]] == [0, 4]
 
 
 def test_one_set_and_two_are_not_mixed_up(monkeypatch):
@@ -356,11 +364,13 @@ def test_one_set_and_two_are_not_mixed_up(monkeypatch):
     monkeypatch.setattr(
         study, "answers", lambda model, *_: dict.fromkeys(("full", "column 2"), len(model.blocks[0].running_mean) == 2)
     )
-    monkeypatch.setattr(FractalNet, "recalibrate", lambda self, *_: self)
+    taken = []
+    monkeypatch.setattr(FractalNet, "recalibrate", lambda self, x, c=None: taken.append((len(torch.cat(x)), c)) or self)
     scores = study.statistics_run(study.Recipe(1, 0.02), sources.load("digits"), 0, None)["scores"]
     assert {name: found["full"] for name, found in scores.items()} == {
         "one set": False, "one set, recalibrated": False, "two sets": True, "two sets, recalibrated": True,
     }  # fmt: skip
+    assert taken == [(1437, None), (1437, 2)] * 2  # from all training images
 
 
 def test_momenta_of_another_layout():

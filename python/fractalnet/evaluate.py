@@ -230,7 +230,8 @@ def compare_steps(model: FractalNet, this: Run) -> dict[str, Any]:
     fused.load_state_dict(model.state_dict())
     paths = mixture(model, len(y), 8 * model.columns, this.config.seed)
     full = drop_path.full_path(len(model.channels), model.columns)
-    forwards = {"fused": lambda i: fused(x, path=paths[i % len(paths)])}
+    tied = model.global_mode == "tied"  # draws its paths itself, and runs every column beside them
+    forwards = {"fused": (lambda i: fused(x)) if tied else (lambda i: fused(x, path=paths[i % len(paths)]))}
     nets: dict[str, nn.Module] = {"fused": fused}
     baseline = eager_baseline()
     if baseline is None:
@@ -280,7 +281,7 @@ def stepper(net: nn.Module, forward: Callable[[int], Tensor], y: Tensor, momentu
 
     def step(i: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(forward(i), y).backward()
+        drop_path.tied_loss(forward(i), y).backward()
         optimizer.step()
 
     return step
