@@ -297,6 +297,8 @@ def test_no_column_file(tmp_path):
         export.load_column(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="extract_column: expected c from 0 to 2, got 3"):
         export.save_column(trained(), 3, tmp_path / "column")
+    with pytest.raises(ValueError, match=r"save_column: expected metadata of other names .*, got \['layers'\]"):
+        export.save_column(trained(), 1, tmp_path / "column", metadata={"layers": 2, "mean": 0.5})
     net = trained()
     net.head = nn.Sequential(net.head, nn.Softmax(1))
     with pytest.raises(ValueError, match="save_column: expected layers of Conv2d, .*, Linear, got Sequential"):

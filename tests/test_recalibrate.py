@@ -181,7 +181,7 @@ def test_errors_leave_the_statistics(loader):
     assert net.training and net.blocks[0].momentum == 0.1
 
 
-@pytest.mark.parametrize("column", [-1, 3, "deepest", 1.0])
+@pytest.mark.parametrize("column", [-1, 3, "deepest", 1.0, True])
 def test_wrong_column(column):
     net, loader = moved({})
     with pytest.raises(ValueError, match="recalibrate: expected column None or from 0 to 2, got"):

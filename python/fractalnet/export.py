@@ -281,7 +281,7 @@ def save_column(
     """Writes column c (see ``model.extract_column``) as a safetensors file, its layers as JSON in the header.
 
     Args:
-        metadata: of :func:`to_onnx`; in the header too.
+        metadata: of :func:`to_onnx`; in the header too, beside "format" and "layers", which are this file's own.
     Raises:
         ImportError: safetensors is missing. ValueError: there is no such column. files.UserError: the file cannot be
         written.
@@ -290,11 +290,10 @@ def save_column(
     from safetensors.torch import save
 
     column = model.extract_column(c, fold=fold)
-    header = _texts("save_column", metadata) | {
-        "format": FORMAT,
-        "layers": json.dumps([_describe(layer) for layer in column]),
-    }
-    _write(path, save({name: t.contiguous() for name, t in column.state_dict().items()}, header))
+    header, own = _texts("save_column", metadata), {"format": FORMAT, "layers": json.dumps([*map(_describe, column)])}
+    if taken := own.keys() & header.keys():
+        raise ValueError(f"save_column: expected metadata of other names than format and layers, got {sorted(taken)}")
+    _write(path, save({name: t.contiguous() for name, t in column.state_dict().items()}, header | own))
 
 
 def load_column(path: str | Path) -> nn.Sequential:

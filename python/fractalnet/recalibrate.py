@@ -53,7 +53,7 @@ def recalibrate(
         raise TypeError(f"recalibrate: expected loader to be iterable, got {type(loader).__name__}") from error
     if column is None:
         path = drop_path.full_path(len(model.blocks), model.columns)
-    elif isinstance(column, int) and 0 <= column < model.columns:
+    elif isinstance(column, int) and not isinstance(column, bool) and 0 <= column < model.columns:
         path = drop_path.column_path(len(model.blocks), model.columns, column)
     else:
         raise ValueError(f"recalibrate: expected column None or from 0 to {model.columns - 1}, got {column!r}")
