@@ -18,7 +18,7 @@ from .library import empty
 _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 
-WEIGHTS_OF_A_PIXEL = 1024  # C_in * C_out, of one image; measured: benchmarks/results/conv/few.json
+PIXELS_OF_ONE_IMAGE = 49  # measured: benchmarks/results/conv/few.json
 _module = backends.extension()[0]
 # At import: torch.compile cannot trace the module.
 _HERE = _module is not None and _module.simd_in_use() != "baseline"
@@ -32,20 +32,16 @@ def computes(dtype: torch.dtype, channels: int, backend: str) -> bool:
 def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether this case is here; an image has fewer than 16 channels or a multiple of them.
 
-    Of few pixels, what takes the time is to transform the weights, and of one image the library's convolution does not.
-    Traced code asks again when it runs.
+    Of few pixels, what takes the time is the weights, which for one image the library reads as they are. Traced code
+    asks again when it runs.
     """
     return (
         computes(x.dtype, weight.shape[0], backend)
-        and (torch.compiler.is_compiling() or x.shape[0] > 1 or _has_pixels_enough(x, weight))
+        and (torch.compiler.is_compiling() or x.shape[0] > 1 or x.shape[2] * x.shape[3] >= PIXELS_OF_ONE_IMAGE)
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
     )
-
-
-def _has_pixels_enough(x: Tensor, weight: Tensor) -> bool:
-    return weight.shape[0] * weight.shape[1] <= WEIGHTS_OF_A_PIXEL * x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ TOLERANCE = 4e-6
 # batch, input channels, output channels, height, width
 SHAPES = [
     (0, 16, 32, 4, 4),
+    (0, 16, 32, 9, 9),
     (1, 32, 16, 1, 1),
     (3, 16, 48, 2, 3),
     (2, 48, 16, 5, 4),
@@ -127,9 +128,8 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
     assert cpu_conv.fits(images(2, 32, 4, 4), weight(16, 32), "cpu")
     assert cpu_conv.fits(images(2, 3, 4, 4), weight(16, 3), "cpu")
     assert cpu_conv.fits(images(2, 256, 4, 4), weight(512, 256), "cpu")
-    assert cpu_conv.fits(images(1, 128, 4, 4), weight(128, 128), "cpu")
-    assert not cpu_conv.fits(images(1, 128, 4, 3), weight(128, 128), "cpu")  # of so few pixels the library's
-    assert not cpu_conv.fits(images(0, 128, 4, 4), weight(128, 128), "cpu")
+    assert cpu_conv.fits(images(1, 128, 7, 7), weight(128, 128), "cpu")
+    assert not cpu_conv.fits(images(1, 128, 8, 6), weight(128, 128), "cpu")  # of so few pixels the library's
     for other_x, other_weight, backend in (
         (images(2, 32, 4, 4), weight(16, 32), "reference"),
         (x, weight(4, 512), "cpu"),

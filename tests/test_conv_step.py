@@ -212,12 +212,11 @@ def test_fuse_finds_what_it_made_a_leaf():
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (torch.randn(2, 256, 2, 2), "expected input"),
         (torch.randn(2, 16, 4, 4), "expected input"),
         (torch.randn(2, 512, 4, 4).bfloat16(), "type"),
         (torch.randn(2, 512, 0, 4), "Kernel size"),
     ],
-    ids=["tiny", "channels", "dtype", "no pixels"],
+    ids=["channels", "dtype", "no pixels"],
 )
 def test_the_library_reports_wrong_operands(x, words):
     conv = fk.ConvBNReLU(512, 512).to(memory_format=LAST).conv

@@ -25,8 +25,8 @@ constexpr int64_t kPassFloats = 1 << 20;  // of a pass of the weight's gradient:
 constexpr int64_t kBandFloats = 6144;     // of the rows of a direct convolution: they stay in the first
 constexpr int64_t kLeastParts = 8, kMaxParts = 32;
 constexpr int64_t kTilesOfWeight = 32;
-constexpr int64_t kFewTiles =
-    16;  // of a weight's gradient: to bring its sums from core to core costs more than its products
+// Of a weight's gradient: to bring its sums from core to core costs more than its products.
+constexpr int64_t kFewTiles = 16;
 constexpr int64_t kKept = 1 << 24;  // floats of a buffer that a thread keeps, at most
 
 struct Free {
@@ -152,18 +152,13 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
   parallel(conv.blocks, [&](int64_t begin, int64_t end) { of.forward(conv, u.data, begin, end); });
 }
 
-// Where the transformed tiles of a pass, of at most `tiles`, are.
+// Where the transformed tiles of a pass are.
 struct Transformed {
   const Buffer inputs, grads;
-  Transformed(const ConvKernels& k, WeightGradient& job, int64_t tiles)
-      : inputs(floats(k, job, tiles, job.x.in)), grads(floats(k, job, tiles, job.columns)) {
+  Transformed(const ConvKernels& k, WeightGradient& job)
+      : inputs(points(job.x.tile) * k.plane(job.x.block, job.x.in)),
+        grads(points(job.x.tile) * k.plane(job.x.block, job.columns)) {
     job.inputs = inputs.data, job.grads = grads.data;
-  }
-
- private:
-  static int64_t floats(const ConvKernels& k, WeightGradient& job, int64_t tiles, int64_t channels) {
-    job.x.block = std::max<int64_t>(std::min(job.x.block, tiles), 1);
-    return points(job.x.tile) * k.plane(job.x.block, channels);
   }
 };
 
@@ -171,8 +166,8 @@ struct Transformed {
 template <class Parallel>
 void sum_tiles(const ConvKernels& k, WeightGradient job, int64_t begin, int64_t end, const Parallel& run) {
   const Winograd& of = winograd(k, job.x);
-  const Transformed transformed(k, job, end - begin);
-  const int64_t planes = points(job.x.tile), block = job.x.block;
+  const int64_t planes = points(job.x.tile), block = job.x.block = std::min(job.x.block, end - begin);
+  const Transformed transformed(k, job);
   job.add = false;
   for (job.first = begin; job.first < end; job.first += block, job.add = true) {
     job.count = std::min(block, end - job.first);
@@ -197,9 +192,9 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   const Winograd& of = winograd(k, job.x);
   const int64_t tiles = job.x.tiles, of_tile = points(job.x.tile), size = of_tile * in * out,
                 floats = of_tile * (in + out);
-  if (tiles <= kFewTiles) {  // the sums do not leave their core
+  if (of.gradient_channels != nullptr && tiles <= kFewTiles) {  // the sums do not leave their core
     job.x.block = job.count = tiles, job.parts = 1;
-    const Transformed transformed(k, job, tiles);
+    const Transformed transformed(k, job);
     parallel(tiles, [&](int64_t begin, int64_t end) { of.gradient_tiles(job, begin, end); });
     parallel(out / kLine,
              [&](int64_t begin, int64_t end) { of.gradient_channels(job, dw, begin * kLine, end * kLine); });

@@ -83,7 +83,7 @@ struct Winograd {
   void (*gradient_tiles)(const WeightGradient& job, int64_t begin, int64_t end);    // tiles of the pass
   void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
   void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
-  // Of one pass and one part: both at once.
+  // Of one pass and one part both at once, for tiles of 2 x 2: larger ones are never so few.
   void (*gradient_channels)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
 };
 
