@@ -18,7 +18,7 @@ from .library import empty
 _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 
-PIXELS_OF_ONE_IMAGE = 49  # measured: benchmarks/results/conv/few.json
+PIXELS_OF_ONE_IMAGE = 64  # measured: benchmarks/results/conv/few.json
 _module = backends.extension()[0]
 # At import: torch.compile cannot trace the module.
 _HERE = _module is not None and _module.simd_in_use() != "baseline"

@@ -176,7 +176,7 @@ def conv_bn_relu(
         The backward saves x, the convolution's output and two vectors. The convolution is the library's; but ours, as
         in :func:`fractal_block`, on the CPU in float32 for x and conv_weight in channels_last, where it is 3x3 of
         stride, padding, dilation and groups 1 without bias, C_out a multiple of 16 and C_in another or from 2 to 15,
-        and x is not one image of fewer than 49 pixels: faster, errors within 4e-6 of the largest value for up to 256
+        and x is not one image of fewer than 64 pixels: faster, errors within 4e-6 of the largest value for up to 256
         channels, but NaN around an infinity in x.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
