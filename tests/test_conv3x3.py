@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import os
 import random
 import re
@@ -117,6 +119,22 @@ def test_pixels_outside_the_image_are_zeros(c, k, h, w, cpu_conv_here):
         dx = cpu_conv.conv_backward(grad, x, weight, True, torch.empty_like(weight))
         alone = cpu_conv.conv_backward(grad[1:2], x[1:2], weight, True, torch.empty_like(weight))
         assert torch.equal(dx[1:2], alone)
+
+
+@pytest.mark.parametrize(("channels", "many", "few"), [(32, (8, 2, 2), (1, 2, 2)), (16, (1, 2, 48), (1, 2, 34))])
+def test_nothing_is_multiplied_that_was_left_in_memory(channels, many, few, cpu_conv_here):
+    """Subnormal numbers there would make it slow. Here it is large ones, whose products raise the overflow flag."""
+    found = ctypes.util.find_library("m")
+    if found is None:
+        pytest.skip("no C library of mathematics to ask for the flag")
+    libm, overflow = ctypes.CDLL(found), 8  # FE_OVERFLOW of x86
+    torch.set_num_threads(1)  # this one, whose flag it is
+    first, second = (images(n, channels, h, w) for n, h, w in (many, few))
+    ones = torch.ones(channels, 3, 3, channels).permute(0, 3, 1, 2)
+    cpu_conv.conv(first.fill_(1e25), ones)
+    libm.feclearexcept(overflow)
+    assert cpu_conv.conv(second.fill_(1e-20), 1e15 * ones).isfinite().all()
+    assert not libm.fetestexcept(overflow)
 
 
 def test_fits_only_where_it_was_measured(cpu_conv_here):
