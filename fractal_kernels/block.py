@@ -187,8 +187,8 @@ def fractal_block(
 
     Args:
         x: [N, C_in, H, W], processed in channels_last. On the CPU in float32, where C_in and K are multiples of 16 (or
-            C_in is less), convolutions are by Winograd's method: errors within 4e-6 of the largest value for up to
-            256 channels, but NaN around infinity.
+            C_in is less), convolutions, but of one image of fewer than 64 pixels, are by Winograd's method: errors
+            within 4e-6 of the largest value for up to 256 channels, but NaN around infinity.
         weights: R = 2**(C-1) wide weights, row r's [n_r*K, C_in (r = 0) or K, 3, 3]: the n_r columns that start there,
             shallow first (``schedule(C).starts``); copied where they are not in channels_last.
         gamma, beta, conv_bias: [U, K], U = 2**C - 1 units in the schedule's order, or None.
