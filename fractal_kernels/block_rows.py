@@ -85,7 +85,7 @@ def segments(columns: int, path: Tensor, dense: bool, live: bool, x: Tensor, cha
     batch, device = x.shape[0], x.device
     if path.dim() == 2:
         if dense:
-            return [Segment(0, batch, everything(columns), path.to(device))]
+            return [Segment(0, batch, everything(columns), path.to(device, non_blocking=True))]
         return [Segment(0, batch, plan(columns, tuple(path.flatten().tolist())), None)]
     keep = live_samples(columns, path) if live else path
     mask = keep.contiguous().to(device, non_blocking=True)
@@ -155,7 +155,7 @@ class Rows:
             return self.segments[0].plan.units
         if live is not None:
             return live
-        return torch.stack(live_units(self.schedule, path)).to(self.device)
+        return torch.stack(live_units(self.schedule, path)).to(self.device, non_blocking=True)
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""

@@ -192,12 +192,17 @@ class ComposedBlock(Block):
         live: list[Tensor] | None = None
         indices: dict[int, Tensor] = {}
         if keep.dim() == 3:
-            live = live_units(self.schedule, keep.cpu())
-            runs = {i for i, samples in enumerate(live) if bool(samples.any()) or not len(samples)}
+            here = live_units(self.schedule, keep.cpu())
+            runs = {i for i, samples in enumerate(here) if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
-            indices = {i: live[i].nonzero().squeeze(1).to(x.device) for i in runs if not bool(live[i].all())}
+            some = {i: here[i].nonzero().squeeze(1) for i in runs if not bool(here[i].all())}
+            if some:  # copied at once: the host waits for a copy that it does not say it need not wait for
+                copied = torch.cat([*some.values()]).to(x.device, non_blocking=True)
+                indices = dict(zip(some, copied.split([len(i) for i in some.values()]), strict=True))
+            live = list(torch.stack(here).to(x.device, non_blocking=True))
         elif dense:
             runs, joins = {u.id for u in self.schedule.units}, self.schedule.ends
+            keep = keep.to(x.device, non_blocking=True)
         else:
             chosen = plan(self.columns, tuple(keep.flatten().tolist()))
             runs, joins = set(chosen.units), chosen.joins
@@ -231,9 +236,9 @@ class ComposedBlock(Block):
             if joined:
                 mask = None
                 if keep.dim() == 3:
-                    mask = torch.stack([live[u.id] for u in joined]).to(x.device)
+                    mask = torch.stack([live[u.id] for u in joined])
                 elif dense:
-                    mask = keep[row, joined[0].column :].to(x.device)
+                    mask = keep[row, joined[0].column :]
                 out = self._join([branches.pop(u.id) for u in joined], mask, last=row == len(joins) - 1)
             elif row == len(joins) - 1 or any(u.id in runs for u in self.schedule.starts[row + 1]):
                 ends = self.schedule.ends[row]  # nothing is kept for any sample, and somebody reads it
@@ -285,7 +290,7 @@ class ComposedBlock(Block):
         values = x.shape[2] * x.shape[3] * samples
         if live is not None:
             alive = torch.stack(live)
-            return (alive.sum(1) if alive.dim() == 2 else alive).to(x.device) * values
+            return (alive.sum(1) if alive.dim() == 2 else alive) * values
         one = torch.full((1,), values, device=x.device)  # no list of the host's: a CUDA graph cannot copy from there
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])

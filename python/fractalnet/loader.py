@@ -124,7 +124,7 @@ class Loader:
         spans = [self._span(batch) for batch in range(start, len(self))]
         if isinstance(self.images, Files):
             streamed = self._stream(epoch, [order[a:b].tolist() for a, b, _, _ in spans])
-        order = order.to(self.device)
+        order = order.to(self.device, non_blocking=True)
         for batch, (a, b, offset, total) in enumerate(spans, start):
             part = order[a:b]
             x = self.x[part] if isinstance(self.images, Images) else next(streamed)
