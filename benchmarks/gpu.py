@@ -43,10 +43,11 @@ from benchmarks.gpu_report import summary
 from benchmarks.report import RESULTS, ROOT, ReportError, commit, machine, rounded, write_text
 
 MINUTES = 8.4  # of the whole round, but for the imports before and the plots after it
-LIMITS = {"build": 150, "test": 180, "sanitize": 400, "tune": 300, "kernels": 100, "steps": 120}  # seconds
+LIMITS = {"build": 240, "test": 180, "sanitize": 400, "tune": 300, "kernels": 100, "steps": 120}  # seconds
 ALWAYS = ("build", "test", "kernels", "steps")
 GRACE = 20  # seconds between the last test's end and a stage's limit
 FILES = ("ops", "gpu", "graphed", "graphed_training", "triton", "tiles", "tuning", "cuda", "running", "recompute")
+FILES += ("graphed_changes", "shortcut", "edges", "frozen")
 TESTS = [f"tests/test_{name}.py" for name in FILES]
 SANITIZED = "number_of_branches_and_dtypes or half_of_a_vector or (test_vector_loads and channel_slice)"
 SANITIZED = f"({SANITIZED}) and not triton"

@@ -322,9 +322,12 @@ class Statistics:
         if isinstance(alive, Tensor):
             torch.mul(alive, count if counted else values, out=count)
             return
+        if not counted and len(alive) == len(count):
+            count.fill_(values)
+            return
         dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
-        for first, last in spans(dead if counted else alive):
-            count[first:last].fill_(0 if counted else values)
+        if parts := [count[first:last] for first, last in spans(dead if counted else alive)]:  # on a GPU one launch
+            torch._foreach_zero_(parts) if counted else torch._foreach_add_(parts, values)  # of zeros
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:

@@ -93,7 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         file = LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
         if of == 1:
             return False, file, 0
-        return GPU_BACKENDS[-1] == "cuda" and "triton" in item.nodeid, file, crc32(item.nodeid.encode())
+        late = "triton" in item.nodeid or item.path.name in ("test_tiles.py", "test_tuning.py")  # Triton's alone
+        return GPU_BACKENDS[-1] == "cuda" and late, file, crc32(item.nodeid.encode())
 
     items.sort(key=order)
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != first])

@@ -51,6 +51,9 @@ class Twin(torch.Tensor):
         made.memory = memory
         return made
 
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
     def data_ptr(self) -> int:
         return self.memory.data_ptr()
 

@@ -162,7 +162,7 @@ def test_mixed_precision_on_the_kernels(options, granularity):
         "--accumulate 2 --label_smoothing 0.1 --clip 1 --network.dropout [.1,.1,.1]",
         "--network.granularity sample --optimizer AdamW",
         "--network.granularity sample --network.kernel_mix 0.5",
-        "--network.global_mode tied",
+        "--network.global_mode tied --ema 0.9",
     ],
 )
 def test_a_training_goes_on(monkeypatch, options):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +192,12 @@ def test_what_is_not_reached_is_skipped(tmp_path):
     command = [*gpu.PYTEST, *written(tmp_path, 0), "--seconds", "-1", "--rows", str(rows)]
     gpu.finish([gpu.start(command, log)], [log], 60)
     assert gpu.counts([log]) == "4 skipped, 4 of the skipped for want of time" and not rows.exists()
+
+
+def test_no_suite_of_a_gpu_is_left_out():
+    suites = {path.stem.removeprefix("test_"): path.read_text() for path in Path(__file__).parent.glob("test_*.py")}
+    asks = re.compile(r"^GPU = True|^@.*pytest\.mark\.gpu|^def test.*, gpu_backend\)", re.M)
+    assert {name for name, text in suites.items() if asks.search(text)} == set(gpu.FILES)
 
 
 def test_limits(capsys):

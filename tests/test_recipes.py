@@ -11,11 +11,12 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("yaml")
 
 import torch  # noqa: E402
-from fractalnet import FractalNet, config, devices, evaluate, schedules, summary, train  # noqa: E402
+from fractalnet import FractalNet, PlainNet, config, devices, evaluate, schedules, summary, train  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from fractalnet.config import Schedule  # noqa: E402
 from fractalnet.drop_path import full_path  # noqa: E402
 from fractalnet.files import UserError  # noqa: E402
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E402
 
 FACTS = Path(config.FOLDER)
 
@@ -350,3 +351,19 @@ def test_only_what_is_shaped_like_a_parameter_is_laid_out():
     devices.lay_out(SimpleNamespace(state={p: held}))
     assert held["step"].shape == () and held["mean"].stride() == p.stride()
     assert held["mean"].dtype == torch.bfloat16 and torch.equal(held["mean"], mean.bfloat16())
+
+
+@pytest.mark.parametrize("net", [FractalNet(3, 2, (4,), image_size=8), PlainNet(3, 2, (4,), image_size=8)])
+def test_averages_are_those_of_pytorch(net):
+    """Bit for bit, counters of batches too; a sum of squares is a step."""
+    averages = [AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True) for _ in range(2)]
+    for _ in range(3):
+        net(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 1e-2 * p.grad
+        devices.follow(averages[0], net)
+        averages[1].update_parameters(net)
+        for ours, theirs in zip(*(a.state_dict().values() for a in averages), strict=True):
+            assert torch.equal(ours, theirs)
+    assert averages[0].n_averaged == 3 and not torch.equal(next(averages[0].parameters()), next(net.parameters()))

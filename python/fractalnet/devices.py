@@ -14,6 +14,7 @@ from .files import UserError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+    from torch.optim.swa_utils import AveragedModel
 
 PRECISION = {"fp64": "64-true", "fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not hold the others for ever
@@ -83,6 +84,23 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
         for key, t in held.items():
             if isinstance(t, torch.Tensor) and t.shape == p.shape and t.stride() != p.stride():
                 held[key] = torch.empty_like(p, dtype=t.dtype).copy_(t)
+
+
+@torch.no_grad()
+def follow(average: AveragedModel, net: nn.Module) -> None:
+    """``average.update_parameters(net)``, which copies its counter to the device, and the host waits for it."""
+    both = ((*m.parameters(), *m.buffers()) for m in (average.module, net))
+    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for mean, t in zip(*both, strict=True):
+        means, values = groups.setdefault(mean.dtype, ([], []))
+        means.append(mean)
+        values.append(t)
+    for means, values in groups.values():
+        if average.n_averaged:
+            average.multi_avg_fn(means, values, average.n_averaged)
+        else:
+            torch._foreach_copy_(means, values)
+    average.n_averaged += 1
 
 
 def zero_momenta(optimizer: torch.optim.Optimizer) -> None:

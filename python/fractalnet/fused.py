@@ -113,7 +113,8 @@ class Block(nn.Module):
         buffers, sets = [self.num_batches_tracked, self.running_mean, self.running_var], self.running_mean.shape[0]
         if torch.compiler.is_compiling():  # the set is data, so that a compiled step is one graph
             assert isinstance(ran, Tensor)
-            ran = (torch.arange(sets) == alone % sets).to(ran.device).unsqueeze(1) & ran
+            # Without a copy from the host, for which a compiled step would wait.
+            ran = ((torch.arange(sets, device=ran.device) - alone) % sets == 0).unsqueeze(1) & ran
         else:
             buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
             ran = ran.unsqueeze(0) if isinstance(ran, Tensor) else ran
@@ -139,7 +140,7 @@ class Block(nn.Module):
     def _sets(self, alone: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """Of a buffer the set that a path reads, and the other one."""
         if torch.compiler.is_compiling():  # the set is data, so that it is one graph
-            own = (alone.to(self.running_mean.device) % 2).view(1)
+            own = (torch.zeros(1, dtype=torch.int64, device=self.running_mean.device) + alone) % 2
             return lambda t: (t.index_select(0, own)[0], t.index_select(0, 1 - own)[0])
         set = int(alone) % 2
         return lambda t: (t[set], t[1 - set])

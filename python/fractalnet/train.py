@@ -21,7 +21,7 @@ from torch import Tensor
 from . import checkpoints, evaluate, outputs, sources
 from .augment import Augment
 from .config import FREE, Config
-from .devices import fabric_for, is_parallel, lay_out, unfuse, zero_momenta
+from .devices import fabric_for, follow, is_parallel, lay_out, unfuse, zero_momenta
 from .drop_path import Path, generator_for, tied_loss
 from .files import UserError, folder_for, require, signals, stopped
 from .graphed import GraphedStep
@@ -171,7 +171,7 @@ class Run:
         self.batch += 1
         if full:
             if self.average is not None:
-                self.average.update_parameters(self.net)
+                follow(self.average, self.net)
             self.scheduler.step()
 
     def full(self) -> bool:
