@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP
 STAMP := .venv/.stamp
 CSRC := $(shell find csrc -type f)
 
-.PHONY: setup demo test ranks lint bench aot interpret torture simt cuda-check gpu docs wheel clean
+.PHONY: setup demo test ranks lint bench aot interpret torture twin simt cuda-check gpu docs wheel clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -66,6 +66,11 @@ aot: $(STAMP)
 # `make test` has the better part.
 interpret: $(STAMP)
 	TRITON_INTERPRET=1 FRACTAL_INTERPRET=all $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_edges.py tests/test_shortcut.py tests/test_running.py tests/test_gpu.py tests/test_triton.py tests/test_tiles.py tests/test_tuning.py $(ARGS)
+
+# The operator suite as a GPU has it, on a device that is not the CPU: no test and no operator takes tensors of two devices.
+# Two minutes, half with ARGS="-n 2". Without two tests of what the device's tensors are, classes of their own.
+twin: $(STAMP)
+	FRACTAL_TWIN=1 $(PY) -m pytest -q -m gpu tests/test_ops.py tests/test_edges.py tests/test_shortcut.py tests/test_recompute.py tests/test_frozen.py tests/test_running.py -k 'not who_is_to_see and not other_sign_in_memory' $(ARGS)
 
 # The CUDA sources executed on the host, every instance of every kernel, also by sanitizers; where there is an nvcc, its
 # machine code read. Seven minutes; `make test` has every flag.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from zlib import crc32
 
 import cases
@@ -23,9 +23,10 @@ except ImportError:  # a machine with a GPU and no network
 BACKENDS = ("reference", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SIMULATED = os.environ.get("FRACTAL_SIMT", "")  # a library of the CUDA kernels that executes them on the host
-GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED else ("triton", "cuda")
+TWIN = os.environ.get("FRACTAL_TWIN") == "1"  # the twin of a device has the place of a GPU: device_twin.py
+GPU_BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if SIMULATED or TWIN else ("triton", "cuda")
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS]
-needs_gpu = pytest.mark.skipif(INTERPRETED or bool(SIMULATED), reason="needs a GPU, not the interpreter or the host")
+needs_gpu = pytest.mark.skipif(INTERPRETED or TWIN or bool(SIMULATED), reason="needs a GPU, not what has its place")
 # Begun first: what takes minutes, so that two processes (``make test``) end together; and graphs and what only a GPU
 # can show, which a round on one must not miss for want of time.
 LONG = (
@@ -73,6 +74,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if SIMULATED:
         torch.ops.load_library(SIMULATED)
         backends._simulated = True
+    if TWIN:
+        import device_twin
+
+        kernels = ExitStack()
+        kernels.enter_context(device_twin.kernels())
+        config.add_cleanup(kernels.close)
     if INTERPRETED:
         import quick_interpreter
 
@@ -156,7 +163,7 @@ def on_backend(name: str) -> Iterator[str]:
     need_backend(name)
     if name in GPU_BACKENDS:
         cases.WIDEST = torch.float32
-        torch.set_default_device("cpu" if INTERPRETED or SIMULATED else "cuda")
+        torch.set_default_device("cpu" if INTERPRETED or SIMULATED else "twin" if TWIN else "cuda")
     try:
         yield name
     finally:

@@ -160,7 +160,7 @@ def kernels():
     """Inside, the backend ``cuda`` is there for the device's tensors, by the launchers of ``cpu``."""
     backends.launcher = lambda name: _LAUNCHER if name == "cuda" else _launcher(name)
     backends.why_not = lambda name, device=None: (
-        "" if name == "cuda" and device is not None and device.type == NAME else _why_not(name, device)
+        "" if name == "cuda" and (device is None or device.type == NAME) else _why_not(name, device)
     )
     try:
         yield
