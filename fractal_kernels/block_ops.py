@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import backends, cpu_conv, sync
 from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
-from .library import _LIB, MAX_BRANCHES, POOL, accumulate_dtype, empty, pooled, to_layout
+from .library import _LIB, POOL, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
 
 _aten = torch.ops.aten
@@ -150,7 +150,7 @@ def _block_backward(
     group: str,
     donated: bool = False,
 ) -> list[Tensor]:
-    """[dx, *dweights, dconv_bias, dgamma, dbeta]; empty where there is no such parameter, or no need for it.
+    """[dx, *dweights, dconv_bias, dgamma and dbeta as [2, U, K]]; empty where there is no such parameter, or no need.
 
     ``needs``: whether x, then each row's weight, needs a gradient.
 
@@ -180,7 +180,7 @@ def _block_backward(
     sums = [make((2, len(order), channels), dtype=mean.dtype).unbind()]
     # Gradients of gamma and beta: this rank's own sums, for data parallelism to average.
     own = tuple(torch.empty_like(s) for s in sums[0]) if rows.group else sums[0]
-    everywhere = x.new_full((MAX_BRANCHES,), shape[0] * shape[2] * shape[3], dtype=mean.dtype)
+    everywhere = rows.numbers(count, shape[0] * shape[2] * shape[3], dense)
     counts = torch.stack([count[u] for u in order]) if rows.counted and batch_stats else None
     dweights: list[Tensor] = [x.new_empty(0) for _ in weights]  # each its own: outputs do not alias
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
@@ -263,17 +263,18 @@ def _block_backward(
     for dtype in {z.dtype for z in zeros}:  # a weight that nothing read is not cast
         torch._foreach_zero_([z for z in zeros if z.dtype == dtype])
     where = {unit: i for i, unit in enumerate(order)}
-    zero = mean.new_zeros(channels if len(where) < units else 0)
-    dgamma, dbeta = (
-        x.new_empty(0) if p is None else torch.stack([s[where[u]] if u in where else zero for u in range(units)])
-        for p, s in ((gamma, own[1].unbind()), (beta, own[0].unbind()))
-    )
+    dnorm = x.new_empty(0)
+    if gamma is not None or beta is not None:
+        dead = [u for u in range(units) if u not in where]  # whose means are zeros, if they are the batch's
+        zero = [mean[dead[0]] if batch_stats else mean.new_zeros(channels)] if dead else []
+        each = [[*s.unbind(), *zero] for s in own[::-1]]
+        dnorm = torch.stack([s[where.get(u, -1)] for s in each for u in range(units)]).view(2, units, channels)
     dx = x.new_empty(0)
     if needs[0]:
         dx = to_layout(ds[0], True) if len(ds) == 1 else empty(x.shape, x, True)
         for segment, d in zip(rows.segments if len(ds) > 1 else [], ds, strict=False):
             segment.part(dx).copy_(d)
-    return [dx, *dweights, dconv_bias, dgamma, dbeta]
+    return [dx, *dweights, dconv_bias, dnorm]
 
 
 def _source(
@@ -391,8 +392,6 @@ def _block_backward_fake(
     return [
         empty(x.shape, x, True) if needs[0] else x.new_empty(0),
         *(torch.empty_like(w) if needed else x.new_empty(0) for w, needed in zip(weights, needs[1:], strict=True)),
-        *(
-            torch.empty_like(mean) if there else x.new_empty(0)
-            for there in (conv_bias, gamma is not None, beta is not None)
-        ),
+        torch.empty_like(mean) if conv_bias else x.new_empty(0),
+        x.new_empty(0) if gamma is None and beta is None else mean.new_empty((2, *mean.shape)),
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import sync
-from .library import POOL, Flags, empty
+from .library import MAX_BRANCHES, POOL, Flags, empty
 from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule, spans
 
 RANGES_PAY = 12_000_000  # on the CPU, measured: benchmarks/bench_depth.py
@@ -157,6 +157,14 @@ class Rows:
             return live
         return torch.stack(live_units(self.schedule, path)).to(self.device, non_blocking=True)
 
+    def numbers(self, count: Tensor, values: int, dense: bool) -> Tensor:
+        """The number of values of a unit, as often as branches meet in a join, where units are not counted."""
+        live = self.segments[0].plan
+        first, last = max(spans(live.units), key=lambda span: span[1] - span[0], default=(0, 0))
+        if last - first < max(map(len, live.joins)) or (dense and not self.per_sample):  # some of them may be dead
+            return count.new_full((MAX_BRANCHES,), values)
+        return count[first:last]
+
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
         wide = wide_is_faster(weights[row].shape[1], self.our_convs, self.device)
@@ -281,6 +289,7 @@ class Statistics:
         self.flat = mean.view(1, -1), var.view(1, -1)
         self.row = Layers()
         self.unread = count.new_empty(1)
+        self.to_fill: list[tuple[int, int]] = []  # units whose numbers no kernel writes
 
     def take(self, y: Tensor, conv: Conv) -> None:
         """Of a conv's output: its channels at once, or per unit over live samples."""
@@ -288,7 +297,10 @@ class Statistics:
         if not self.rows.counted:
             k = self.rows.channels
             mean, var = self.flat[0].narrow(1, first * k, n * k), self.flat[1].narrow(1, first * k, n * k)
-            self.launch.channel_stats(mean, var, self.unread, [y], None, [], 0.0, None, True)
+            count = self.layers[0][2].narrow(0, first, 1) if n == 1 else self.unread
+            self.launch.channel_stats(mean, var, count, [y], None, [], 0.0, None, True)
+            if n > 1:
+                self.to_fill.append((first, first + n))
             return
         layer = self.row.at(conv.group)
         if layer == len(self.layers):
@@ -326,8 +338,8 @@ class Statistics:
             count.fill_(values)
             return
         dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
-        if parts := [count[first:last] for first, last in spans(dead if counted else alive)]:  # on a GPU one launch
-            torch._foreach_zero_(parts) if counted else torch._foreach_add_(parts, values)  # of zeros
+        if parts := [count[first:last] for first, last in (spans(dead) if counted else self.to_fill)]:
+            torch._foreach_zero_(parts) if counted else torch._foreach_add_(parts, values)  # to zeros
 
 
 def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:

@@ -26,6 +26,7 @@ _BY_DEFINITION = torch._C.DispatchKey.CompositeExplicitAutograd
 
 waits: list[str] = []  # where the host waited since the list was cleared
 copies: list[str] = []  # where it copied to the device without waiting
+launched: list[str] = []  # what computed on the device: operators but for views and allocations, and kernels
 
 
 class _Module(_DummyBackendModule):
@@ -84,6 +85,8 @@ def _note(found: list[str]) -> None:
 def _run(func, args, kwargs):
     if func.namespace == "fractal_kernels":  # Python code, on tensors of the device
         return func._op_dk(_BY_DEFINITION, *args, **kwargs)
+    if not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns) and "empty" not in str(func):
+        launched.append(str(func))
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     here = {id(t.memory): t for t in tensors if isinstance(t, Twin)}
     if func in _COPIES:
@@ -147,6 +150,7 @@ class _Launcher:
         def checked(*args):
             elsewhere = [t.device for t in tree_leaves(args) if isinstance(t, torch.Tensor) and not isinstance(t, Twin)]
             assert not elsewhere, f"{kernel} was given tensors on {elsewhere}"
+            launched.append(kernel)
             return launch(*tree_map(memory, args))
 
         return checked

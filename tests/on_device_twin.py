@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fractalnet import config, devices, train
+from fractalnet.drop_path import column_path, full_path
 from torch import nn
 
 import fractal_kernels as fk
+from benchmarks.baselines import PublicFractalNet
 from fractal_kernels.schedule import live_units, schedule
 
 FUSED = [
@@ -179,6 +181,32 @@ def test_a_training_goes_on(monkeypatch, options):
         with going_on():
             run.step(*next(batches))
     assert run.net.head.weight.device.type == twin.NAME and run.steps == 4 and twin.memory(run.loss) > 0
+
+
+def test_launches_of_a_step():
+    """Of 20 layers in float32: what a GPU is to be given as little of as possible."""
+    blocks, columns = 5, 3
+    net, public = (
+        cls(10, columns, (16,) * blocks, image_size=32).to(twin.NAME)
+        for cls in (fractalnet.FractalNet, PublicFractalNet)
+    )
+    x, y = there(torch.randn(4, 3, 32, 32)), there(torch.zeros(4, dtype=torch.long))
+
+    def launches(model, path):
+        optimizer = sgd(model)
+        for _ in range(2):
+            twin.launched.clear()
+            loss = F.cross_entropy(model(x) if path is None else model(x, path=path), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return len(twin.launched)
+
+    with twin.kernels():
+        assert launches(net, full_path(blocks, columns)) <= 168
+        assert launches(net, column_path(blocks, columns, 0)) <= 78
+        assert launches(net, column_path(blocks, columns, 2)) <= 183
+    assert launches(public, None) > 4 * 168
 
 
 class Strict:
