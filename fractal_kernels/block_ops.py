@@ -168,9 +168,9 @@ def _block_backward(
     dys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     buffers: list[list[Tensor]] = []
     in_place = donated and backend in IN_PLACE
+    if in_place:  # so that whoever runs this graph again after an error is told
+        torch.autograd.graph.increment_version([y for parts in outputs for _, y in parts])
     for parts in outputs:
-        if in_place:  # so that whoever runs this graph again after an error is told
-            torch.autograd.graph.increment_version([y for _, y in parts])
         buffers.append([y if in_place else empty((conv.size, y.shape[1], *shape[2:]), x, True) for conv, y in parts])
         for (conv, y), dy in zip(parts, buffers[-1], strict=True):
             rows.spread(y, conv, ys)

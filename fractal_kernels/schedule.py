@@ -136,7 +136,8 @@ def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-def runs(units: tuple[Unit, ...]) -> list[tuple[Unit, ...]]:
+@lru_cache(maxsize=4096)
+def runs(units: tuple[Unit, ...]) -> tuple[tuple[Unit, ...], ...]:
     """Units of one row as runs of neighbouring columns: each can be one conv on a slice of the wide weight."""
     own = {u.id: u for u in units}
-    return [tuple(own[i] for i in range(first, last)) for first, last in spans(own)]
+    return tuple(tuple(own[i] for i in range(first, last)) for first, last in spans(own))

@@ -38,7 +38,7 @@ _setup_privateuseone_for_python_backend(NAME, _Module())
 
 
 class Twin(torch.Tensor):
-    """A tensor of the device; ``data`` is where its values are."""
+    """A tensor of the device; ``memory`` is where its values are."""
 
     memory: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
