@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import mmap
 import os
 import random
 import re
+import threading
+import time
 
 import fractalnet
 import pytest
@@ -27,12 +30,13 @@ SHAPES = [
     (3, 16, 48, 2, 3),
     (2, 48, 16, 5, 4),
     (2, 80, 112, 3, 1),
+    (4, 64, 64, 4, 4),  # the most tiles of which the gradient of the weight leaves no core
     (5, 64, 128, 9, 8),
     (3, 256, 96, 7, 7),
     (2, 512, 512, 2, 2),
-    (33, 32, 16, 17, 15),  # the gradient of the weight in parts
+    (33, 32, 16, 17, 15),  # the gradient of the weight in several passes
     (50, 48, 32, 13, 16),
-    (40, 16, 32, 17, 15),
+    (41, 16, 32, 17, 15),  # and in parts, of which some have a tile more
     (2, 16, 16, 40, 70),
     (20, 32, 48, 7, 7),  # from here on, as those of more than 30 images: tiles of 4x4 pixels, if not all of them whole
     (30, 64, 32, 3, 5),
@@ -64,20 +68,20 @@ def against_the_definition(kernel, n, c, k, h, w):
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     y64 = torch.conv2d(x64, w64, padding=1)
     dx64, dw64 = torch.autograd.grad(y64, (x64, w64), grad.double())
-    full = torch.full((2 * k, 3, 3, c), float("nan")).permute(0, 3, 1, 2)
-    y, dx = kernel.conv(x, weight), kernel.conv_backward(grad, x, weight, True, full[k:])
+    full = torch.full((3 * k, 3, 3, c), float("nan")).permute(0, 3, 1, 2)
+    y, dx = kernel.conv(x, weight), kernel.conv_backward(grad, x, weight, True, full[k : 2 * k])
     terms = {"y": c / 2**8, "dx": k / 2**8, "dw": n * h * w / 2**16}
-    for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k:], dw64)):
+    for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k : 2 * k], dw64)):
         assert got.shape == want.shape
         tolerance = TOLERANCE * max(1.0, terms[name]) ** 0.5
         error = (got - want.detach()).abs().max().item() if want.numel() else 0.0
         assert error <= tolerance * (want.abs().max().item() if want.numel() else 0.0), (name, error)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
-    assert bool(full[:k].isnan().all())  # nothing outside its slice
+    assert bool(full[:k].isnan().all() and full[2 * k :].isnan().all())  # nothing outside its slice
     again = torch.empty_like(weight)
     assert kernel.conv_backward(grad, x, weight, False, again) is None
-    assert torch.equal(again, full[k:])
+    assert torch.equal(again, full[k : 2 * k])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
@@ -121,7 +125,16 @@ def test_pixels_outside_the_image_are_zeros(c, k, h, w, cpu_conv_here):
         assert torch.equal(dx[1:2], alone)
 
 
-@pytest.mark.parametrize(("channels", "many", "few"), [(32, (8, 2, 2), (1, 2, 2)), (16, (1, 2, 48), (1, 2, 34))])
+@pytest.mark.parametrize(
+    ("channels", "many", "few"),
+    [
+        (32, (8, 2, 2), (1, 2, 2)),
+        (16, (1, 2, 48), (1, 2, 34)),
+        (32, (32, 4, 4), (25, 4, 4)),  # tiles of 4x4 pixels
+        (16, (1, 4, 128), (1, 4, 100)),
+        (3, (1, 2, 20), (1, 2, 9)),
+    ],
+)
 def test_nothing_is_multiplied_that_was_left_in_memory(channels, many, few, cpu_conv_here):
     """Subnormal numbers there would make it slow. Here it is large ones, whose products raise the overflow flag."""
     found = ctypes.util.find_library("m")
@@ -130,11 +143,19 @@ def test_nothing_is_multiplied_that_was_left_in_memory(channels, many, few, cpu_
     libm, overflow = ctypes.CDLL(found), 8  # FE_OVERFLOW of x86
     torch.set_num_threads(1)  # this one, whose flag it is
     first, second = (images(n, channels, h, w) for n, h, w in (many, few))
-    ones = torch.ones(channels, 3, 3, channels).permute(0, 3, 1, 2)
+    ones = torch.ones(max(channels, 16), 3, 3, channels).permute(0, 3, 1, 2)
     cpu_conv.conv(first.fill_(1e25), ones)
     libm.feclearexcept(overflow)
     assert cpu_conv.conv(second.fill_(1e-20), 1e15 * ones).isfinite().all()
     assert not libm.fetestexcept(overflow)
+
+
+def test_the_stride_of_one_image_is_any(cpu_conv_here):
+    x, weight, grad = operands(4, 16, 32, 8, 9)
+    one, dweight = x[::2][:1], torch.empty_like(weight)
+    assert cpu_conv.fits(one, weight, "cpu")
+    assert torch.equal(cpu_conv.conv(one, weight), cpu_conv.conv(x[:1], weight))
+    cpu_conv.conv_backward(grad[::2][:1], one, weight, True, dweight)
 
 
 def test_fits_only_where_it_was_measured(cpu_conv_here):
@@ -173,6 +194,8 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
         (lambda x, w, y: (y, images(2, 32, 4, 4), w), "shapes of y, x and weight do not agree"),
         (lambda x, w, y: (y, images(4, 16, 4, 4)[::2], w), "expected x dense in channels_last"),
         (lambda x, w, y: (images(2, 20, 4, 4), x, w[:20]), "expected channels in multiples of 16, got 16 and 20"),
+        (lambda x, w, y: (images(2, 0, 4, 4), x, w[:0]), "expected channels in multiples of 16, got 16 and 0"),
+        (lambda x, w, y: (y, x[:, :0], w[:, :0]), "expected channels in multiples of 16, got 0 and 32"),
         (lambda x, w, y: (y, x.double(), w), "expected x float32 of 4 dimensions"),
         (lambda x, w, y: (y.contiguous(), x, w), "expected y dense in channels_last"),
         (lambda x, w, y: (y, x, w.contiguous()), "expected weight dense in channels_last"),
@@ -197,6 +220,13 @@ def test_wrong_operands_are_refused(wrong, words, cpu_conv_here):
     ):
         with pytest.raises(RuntimeError, match="shapes of dweight, x and grad do not agree"):
             torch.ops.fractal_kernels_cpu.conv3x3_weight(dw, of_x, grad)
+    for name, *wrong_one in (
+        ("dweight", weight.contiguous(), x, y),
+        ("x", weight, x.contiguous(), y),
+        ("grad", weight, x, y.contiguous()),
+    ):
+        with pytest.raises(RuntimeError, match=f"expected {name} dense in channels_last"):
+            torch.ops.fractal_kernels_cpu.conv3x3_weight(*wrong_one)
 
 
 def test_the_gradient_of_few_channels_is_refused(cpu_conv_here):
@@ -242,6 +272,50 @@ def test_block_has_it_in_every_layout_of_the_weights(monkeypatch, cpu_conv_here)
         results.append([out, *(p.grad for p in net.parameters())])
     assert used and all(used)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def resident() -> float:
+    """MiB of memory of this process."""
+    with open("/proc/self/statm") as sizes:
+        return int(sizes.read().split()[1]) * mmap.PAGESIZE / 2**20
+
+
+def what_a_thread_keeps() -> list[float]:
+    """MiB after a weight's gradient that takes more than 64, after others that take 36 to 42, and when it has ended."""
+    found = [resident()]
+
+    def gradients(*channels: int) -> None:
+        for c in channels:  # 16 * c**2 floats of sums
+            x, weight = images(17, c, 1, 1), torch.empty(c, 3, 3, c).permute(0, 3, 1, 2)
+            cpu_conv.conv_backward(x, x, weight, False, weight)
+        del x, weight
+        found.append(resident())
+
+    thread = threading.Thread(target=lambda: (gradients(1040), gradients(768, 784, 800, 816, 832)))
+    thread.start()
+    thread.join()
+    for _ in range(40):  # join() does not wait for the destructors
+        if resident() - found[0] > 30:
+            time.sleep(0.05)
+    return [f - found[0] for f in (*found[1:], resident())]
+
+
+KEPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_conv3x3 as t
+print(*t.what_a_thread_keeps())
+"""
+
+
+def test_buffers(cpu_conv_here):
+    """A thread keeps none of more than 64 MiB, nothing when it ends, and not those that were too small."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("this system does not say how much memory is in use")
+    done = python(KEPT, os.path.dirname(__file__), MALLOC_MMAP_THRESHOLD_="1000000")  # what is freed is the system's
+    assert done.returncode == 0, done.stderr[-3000:]
+    large, others, ended = map(float, done.stdout.split())
+    assert large < 40 and others < 100 and ended < 30, done.stdout
 
 
 CHECK = """

@@ -64,15 +64,16 @@ def test_the_layout_of_as_many_of_both(backend):
 
 @LAYOUTS
 def test_one_live_value(layout, backend):
-    """Of one value the variance is 0, not 0/0."""
+    """Of one value the variance is 0, not 0/0, and nothing changes what it is normalised to."""
     y, live = (
         torch.full((4, 5, 1, 1), NAN).contiguous(memory_format=layout),
         torch.tensor([[False, True, False, False]]),
     )
     y[1] = 3.0
-    mean, var = torch.zeros(5), torch.ones(5)
-    bn_relu_join([y], None, None, [mean], [var], live, True, 0.25, stats="live", backend=backend)
+    mean, var, flags = torch.zeros(5), torch.ones(5), dict(stats="live", activation="none")
+    out = bn_relu_join([y.requires_grad_()], None, None, [mean], [var], live, True, 0.25, **flags, backend=backend)
     assert (mean == 0.75).all() and (var == 0.75).all()
+    assert (torch.autograd.grad(out.sum(), y)[0] == 0).all()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
@@ -98,7 +99,8 @@ def test_live_statistics_far_from_zero(sign, layout, backend):
         mean, var, count = torch.ops.fractal_kernels.channel_stats([y], mask, [], 0.0, None, backend)
         assert count.item() == exact.shape[1]
         assert (mean[0].double() - exact.mean(1)).abs().max() <= 9.8e-4
-        assert (var[0].double().sqrt() - exact.var(1, correction=0).sqrt()).abs().max() <= 2e-4
+        error = (var[0].double().sqrt() - exact.var(1, correction=0).sqrt()).abs().max()
+        assert error <= (1e-5 if backend in ("cpu", "reference") else 2e-4)
 
 
 @LAYOUTS
@@ -234,13 +236,41 @@ def test_an_output_that_is_not_aligned(which, cpu_backend):
     out = torch.empty(2 * n + 2).as_strided(y.shape, (size, *y.stride()[1:]), at)
     torch.ops.fractal_kernels_cpu.join_forward(out, [y] * 8, None, [], [], [], [], 0.0, 0, True)
     torch.testing.assert_close(out, y)
+    grads = [*(torch.empty_like(y) for _ in range(7)), out.zero_()]
+    torch.ops.fractal_kernels_cpu.join_backward_apply(grads, y, [], None, [], [], [], [], [], 0.0, 1, True)
+    assert torch.equal(out, y)
+
+
+@pytest.mark.parametrize(
+    ("ys", "mask", "words"),
+    [
+        (lambda y: [y] * 9, None, "expected 1 to 8 branches, got 9"),
+        (lambda y: [y, y.double()], None, "branches of different dtypes"),
+        (lambda y: [y.int()], None, "expected float32, float64, bfloat16 or float16"),
+        (lambda y: [y] * 2, torch.ones(2), "expected a contiguous bool mask with one row per branch"),
+        (lambda y: [y] * 2, torch.ones(3).bool(), "expected a contiguous bool mask with one row per branch"),
+        (lambda y: [y] * 2, torch.ones(3, 2).bool().t(), "expected a contiguous bool mask with one row per branch"),
+    ],
+)
+def test_the_launcher_refuses(ys, mask, words, cpu_backend):
+    ys = ys(torch.randn(3, 4, 2, 2))
+    with pytest.raises(RuntimeError, match=words):
+        out = torch.empty_like(ys[0])
+        torch.ops.fractal_kernels_cpu.join_forward(out, ys, mask, [], [], [], [], 0.0, 0, False)
 
 
 def test_pools_larger_than_the_caches(cpu_backend):
-    """Their rows begin anywhere."""
-    y, zeros, ones = torch.randn(456, 64, 8, 24), [torch.zeros(64)] * 8, [torch.ones(64)] * 8
+    """Their rows, here of more than a vector, begin anywhere."""
+    y, zeros, ones = torch.randn(274, 64, 8, 40), [torch.zeros(64)] * 8, [torch.ones(64)] * 8
     out = bn_relu_join([y] * 8, None, None, zeros, ones, eps=0.0, activation="none", pool="before", backend=cpu_backend)
     torch.testing.assert_close(out, F.max_pool2d(y, 2))
+
+
+def test_a_pool_of_odd_height_by_threads(cpu_backend):
+    """The row that no window covers is below an image, not below what a thread has of it."""
+    torch.set_num_threads(2)
+    for case in (Case(2, pool="before"), Case(2, pool="after", training=False)):
+        check(case, draw(case, SINGLE, (1, 32, 67, 64)), cpu_backend)
 
 
 FAR = (1 << 32) + 16  # of which 32 bits keep an offset inside of the tensor
