@@ -111,29 +111,28 @@ class Block(nn.Module):
         not run, anything.
         """
         buffers, sets = [self.num_batches_tracked, self.running_mean, self.running_var], self.running_mean.shape[0]
+        if not isinstance(ran, Tensor):  # on a GPU two launches
+            ranges, (tracked, *running) = spans(ran), (buffer[int(alone) % sets] for buffer in buffers)
+            if ranges:
+                torch._foreach_add_([tracked[first:last] for first, last in ranges], 1)
+            if ranges and self.momentum:
+                parts = [self.channels_of(*span) for span in ranges]
+                batch = [t.to(running[0].dtype) for t in (mean, var)]
+                moved, values = ([t[part] for t in ts for part in parts] for ts in (running, batch))
+                torch._foreach_lerp_(moved, values, self.momentum)
+            return
         if torch.compiler.is_compiling():  # the set is data, so that a compiled step is one graph
-            assert isinstance(ran, Tensor)
             # Without a copy from the host, for which a compiled step would wait.
             ran = ((torch.arange(sets, device=ran.device) - alone) % sets == 0).unsqueeze(1) & ran
         else:
-            buffers = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers]
-            ran = ran.unsqueeze(0) if isinstance(ran, Tensor) else ran
+            buffers, ran = [buffer.narrow(0, int(alone) % sets, 1) for buffer in buffers], ran.unsqueeze(0)
         tracked, *running = buffers
-        pairs = list(zip(running, (mean, var), strict=True))
-        if not isinstance(ran, Tensor):
-            if ran:
-                torch._foreach_add_([tracked[0, first:last] for first, last in spans(ran)], 1)  # on a GPU one launch
-            if ran and self.momentum:
-                parts = [self.channels_of(*span) for span in spans(ran)]
-                moved = [(t[0, part], batch[part].to(t.dtype)) for t, batch in pairs for part in parts]
-                torch._foreach_lerp_([t for t, _ in moved], [batch for _, batch in moved], self.momentum)
-            return
         tracked.add_(ran)
         if self.momentum == 0:
             return
         share = self.momentum if self.momentum is not None else self.per_channel(tracked.clamp(min=1).reciprocal())
         there = self.per_channel(ran)
-        for statistics, batch in pairs:
+        for statistics, batch in zip(running, (mean, var), strict=True):
             # Not by a weight of 0: what is not finite in this batch would reach what did not run.
             statistics.lerp_(torch.where(there, batch.to(statistics.dtype), statistics), share)
 
