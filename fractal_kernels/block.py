@@ -114,7 +114,7 @@ class _Block(torch.autograd.Function):
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[16:]]
-        dx, *dweights, dconv_bias, dnorm = _OPS.block_backward.default(
+        dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
             grad,
             x,
             weights,
@@ -135,8 +135,8 @@ class _Block(torch.autograd.Function):
             dx if needs[0] else None,
             None,
             dconv_bias if ctx.conv_bias else None,
-            None if gamma is None else dnorm[0],
-            None if beta is None else dnorm[1],
+            None if gamma is None else dgamma,
+            None if beta is None else dbeta,
             *(None,) * 11,
             *(dweight if needed else None for dweight, needed in zip(dweights, needs[1:], strict=True)),
         )

@@ -150,7 +150,7 @@ def _block_backward(
     group: str,
     donated: bool = False,
 ) -> list[Tensor]:
-    """[dx, *dweights, dconv_bias, dgamma and dbeta as [2, U, K]]; empty where there is no such parameter, or no need.
+    """[dx, *dweights, dconv_bias, dgamma, dbeta]; empty where there is no such parameter, or no need for it.
 
     ``needs``: whether x, then each row's weight, needs a gradient.
 
@@ -263,18 +263,18 @@ def _block_backward(
     for dtype in {z.dtype for z in zeros}:  # a weight that nothing read is not cast
         torch._foreach_zero_([z for z in zeros if z.dtype == dtype])
     where = {unit: i for i, unit in enumerate(order)}
-    dnorm = x.new_empty(0)
-    if gamma is not None or beta is not None:
-        dead = [u for u in range(units) if u not in where]  # whose means are zeros, if they are the batch's
-        zero = [mean[dead[0]] if batch_stats else mean.new_zeros(channels)] if dead else []
-        each = [[*s.unbind(), *zero] for s in own[::-1]]
-        dnorm = torch.stack([s[where.get(u, -1)] for s in each for u in range(units)]).view(2, units, channels)
+    dead = [u for u in range(units) if u not in where]  # whose means are zeros, if they are the batch's
+    zero = [mean[dead[0]] if batch_stats else mean.new_zeros(channels)] if dead else []
+    dgamma, dbeta = (  # each its own: gradients of two parameters do not share memory
+        x.new_empty(0) if p is None else torch.stack([s[where.get(u, -1)] for u in range(units)])
+        for p, s in ((gamma, [*own[1].unbind(), *zero]), (beta, [*own[0].unbind(), *zero]))
+    )
     dx = x.new_empty(0)
     if needs[0]:
         dx = to_layout(ds[0], True) if len(ds) == 1 else empty(x.shape, x, True)
         for segment, d in zip(rows.segments if len(ds) > 1 else [], ds, strict=False):
             segment.part(dx).copy_(d)
-    return [dx, *dweights, dconv_bias, dnorm]
+    return [dx, *dweights, dconv_bias, dgamma, dbeta]
 
 
 def _source(
@@ -392,6 +392,8 @@ def _block_backward_fake(
     return [
         empty(x.shape, x, True) if needs[0] else x.new_empty(0),
         *(torch.empty_like(w) if needed else x.new_empty(0) for w, needed in zip(weights, needs[1:], strict=True)),
-        torch.empty_like(mean) if conv_bias else x.new_empty(0),
-        x.new_empty(0) if gamma is None and beta is None else mean.new_empty((2, *mean.shape)),
+        *(
+            torch.empty_like(mean) if there else x.new_empty(0)
+            for there in (conv_bias, gamma is not None, beta is not None)
+        ),
     ]

@@ -19,6 +19,8 @@ from . import sync
 from .library import MAX_BRANCHES, POOL, Flags, empty
 from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule, spans
 
+# Of numbers, as a tensor of its own begins: Triton compiles a kernel once more for a pointer that is less aligned.
+ALIGNED = 4
 RANGES_PAY = 12_000_000  # on the CPU, measured: benchmarks/bench_depth.py
 
 
@@ -160,10 +162,11 @@ class Rows:
     def numbers(self, count: Tensor, values: int, dense: bool) -> Tensor:
         """The number of values of a unit, as often as branches meet in a join, where units are not counted."""
         live = self.segments[0].plan
-        first, last = max(spans(live.units), key=lambda span: span[1] - span[0], default=(0, 0))
-        if last - first < max(map(len, live.joins)) or (dense and not self.per_sample):  # some of them may be dead
-            return count.new_full((MAX_BRANCHES,), values)
-        return count[first:last]
+        for first, last in spans(live.units) if not dense or self.per_sample else ():  # else some may be dead
+            start = -(-first // ALIGNED) * ALIGNED
+            if last - start >= max(map(len, live.joins)):
+                return count[start:last]
+        return count.new_full((MAX_BRANCHES,), values)
 
     def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
         """Every convolution of a row."""
@@ -297,9 +300,10 @@ class Statistics:
         if not self.rows.counted:
             k = self.rows.channels
             mean, var = self.flat[0].narrow(1, first * k, n * k), self.flat[1].narrow(1, first * k, n * k)
-            count = self.layers[0][2].narrow(0, first, 1) if n == 1 else self.unread
+            there = n == 1 and first % ALIGNED == 0
+            count = self.layers[0][2].narrow(0, first, 1) if there else self.unread
             self.launch.channel_stats(mean, var, count, [y], None, [], 0.0, None, True)
-            if n > 1:
+            if not there:
                 self.to_fill.append((first, first + n))
             return
         layer = self.row.at(conv.group)

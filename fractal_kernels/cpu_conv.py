@@ -37,7 +37,7 @@ def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
     """
     return (
         computes(x.dtype, weight.shape[0], backend)
-        and (torch.compiler.is_compiling() or x.shape[0] > 1 or x.shape[2] * x.shape[3] >= PIXELS_OF_ONE_IMAGE)
+        and (torch.compiler.is_compiling() or x.shape[0] > 1 or x.numel() >= PIXELS_OF_ONE_IMAGE * x.shape[1])
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)

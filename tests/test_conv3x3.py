@@ -169,6 +169,7 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
     assert cpu_conv.fits(images(2, 256, 4, 4), weight(512, 256), "cpu")
     assert cpu_conv.fits(images(1, 128, 8, 8), weight(128, 128), "cpu")
     assert not cpu_conv.fits(images(1, 128, 9, 7), weight(128, 128), "cpu")  # of so few pixels the library's
+    assert not cpu_conv.fits(images(0, 16, 8, 8), weight(16, 16), "cpu")  # which is dense in every order
     for other_x, other_weight, backend in (
         (images(2, 32, 4, 4), weight(16, 32), "reference"),
         (x, weight(4, 512), "cpu"),

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal_kernels import fractal_block, masked_mean_join
+from fractal_kernels.schedule import plan, schedule
 
 
 @pytest.mark.parametrize("options", [{}, {"kernel_mix": 0.5}, {"column_widths": (1, 0.5, 0.25)}, {"momentum": None}])
@@ -130,3 +131,22 @@ def test_statistics_that_were_written_by_hand():
     assert [block.statistics(torch.tensor(alone))[0].unique().item() for alone in (0, 1)] == [5, 0]
     block.num_batches_tracked[0] += 1
     assert block.statistics(torch.tensor(1))[0].unique().item() == 5
+
+
+@pytest.mark.parametrize("on", ["cpu", "reference"])
+def test_a_join_of_more_branches_than_any_run_of_units_that_live(on, cpu_backend):
+    """Its gradient asks for as many numbers of values, of which no slice of the units' numbers is."""
+    rows = "1000 0110 0101 1100 0001 1110 1101 1101".split()
+    keep = torch.tensor([[kept == "1" for kept in row] for row in rows])
+    assert plan(4, tuple(keep.flatten().tolist())).units == (0, 1, 8, 9, 13, 14)
+    x = torch.randn(3, 16, 4, 4)
+    weights = [torch.randn(len(row) * 16, 16, 3, 3).requires_grad_() for row in schedule(4).starts]
+    gamma, beta = (torch.rand(15, 16).requires_grad_() for _ in range(2))
+    results = []
+    for dense in (False, True):
+        out = fractal_block(x, weights, gamma, beta, keep, dense=dense, backend=on).out
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*weights, gamma, beta])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    gradients = results[0][-2:]
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == 2  # one may be written while another is read

@@ -196,7 +196,7 @@ class ComposedBlock(Block):
             runs = {i for i, samples in enumerate(here) if bool(samples.any()) or not len(samples)}
             joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
             some = {i: here[i].nonzero().squeeze(1) for i in runs if not bool(here[i].all())}
-            if some:  # copied at once: the host waits for a copy that it does not say it need not wait for
+            if some:  # one copy, and one that the host does not ask to wait for
                 copied = torch.cat([*some.values()]).to(x.device, non_blocking=True)
                 indices = dict(zip(some, copied.split([len(i) for i in some.values()]), strict=True))
             live = list(torch.stack(here).to(x.device, non_blocking=True))
