@@ -13,6 +13,7 @@ from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
 from .ops.exported import foreign_tool
+from .ops.join import distinct
 from .ops.twice import Gradients, gradients, inputs_of, twice_differentiable
 from .ops.weights import wide_weights
 from .schedule import plan, schedule
@@ -298,9 +299,10 @@ def fractal_block(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
+    read = _cast(weights, x.dtype, columns, None if per_sample or dense else path)
+    params = distinct([bias, *vectors, *read])
     result = _Block.apply(  # type: ignore[no-untyped-call]
-        to_layout(x, True), path, bias, *vectors, dense, live, float(dropout), checks.eps(op, eps), flags, save,
-        torch.compiler.is_compiling(), backend, synchronised,
-        *_cast(weights, x.dtype, columns, None if per_sample or dense else path),
+        to_layout(x, True), path, *params[:5], dense, live, float(dropout), checks.eps(op, eps), flags, save,
+        torch.compiler.is_compiling(), backend, synchronised, *params[5:],
     )  # fmt: skip
     return BlockOutput(*result)

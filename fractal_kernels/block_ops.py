@@ -97,7 +97,7 @@ def _block_forward(
             y = cpu_conv.conv(inputs, weight) if own else torch.conv2d(inputs, weight, bias, padding=1)
             if dropout and training:
                 y, noise = _aten.native_dropout(y, dropout, True)
-                noises.append(noise)
+                noises.append(to_layout(noise, True))
             y = to_layout(y, True)
             outputs.append(y)
             rows.spread(y, conv, ys)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import os
-import random
 import sys
 import traceback
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.fx
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, DropPathJoin, FusedReLU, MeanJoin, StepConv2d
+from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, FusedReLU, StepConv2d
+from .tracing import Tracer, as_it_was, is_watched
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
@@ -58,33 +55,11 @@ class FuseReport(NamedTuple):
         return "\n".join(lines)
 
 
-class _Tracer(torch.fx.Tracer):
-    """Follows containers down to the modules that are looked for, and past this package's functions; not into
-    ``opaque`` modules, which cannot be traced."""
-
-    def __init__(self, opaque: set[nn.Module]) -> None:
-        package = sys.modules[__package__]
-        super().__init__(autowrap_modules=(math, package))  # type: ignore[arg-type]
-        # Not its classes: a forward may ask for them.
-        self._autowrap_function_ids -= {id(value) for value in vars(package).values() if isinstance(value, type)}
-        self.opaque = opaque
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
-        return isinstance(m, leaves) or m in self.opaque or super().is_leaf_module(m, module_qualified_name)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks, or a ``forward`` of its own, see and may change its output or gradients."""
-    hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
-
-
 def _is_just(module: nn.Module | None, *types: type[nn.Module]) -> bool:
     """Whether it is of one of these classes, no subclass, and nobody sees or changes what it takes or returns."""
     if module is None or type(module) not in types:
         return False
-    return not _is_watched(module) and not module._forward_pre_hooks
+    return not is_watched(module) and not module._forward_pre_hooks
 
 
 def _is_relu(module: nn.Module | None) -> bool:
@@ -126,7 +101,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
     slots = Counter(child for parent in names for child in parent._modules.values())
-    with _as_it_was(model):
+    with as_it_was(model):
         found = _search(model, slots)
     skipped = [(names[module] or "model", reason) for module, reason in found.failed.items()]
     fused = []
@@ -145,7 +120,7 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     for relu in names:
         if isinstance(relu, FusedReLU):
             before = {use.before for use in found.uses.get(relu, [])}
-            fed = [isinstance(bn, BatchNormReLU2d) and bn.marks and not _is_watched(bn) for bn in before]
+            fed = [isinstance(bn, BatchNormReLU2d) and bn.marks and not is_watched(bn) for bn in before]
             relu.alone = bool(fed) and all(fed) and _is_relu(relu) and slots[relu] == 1
     for module in names:
         if type(module) is nn.Conv2d and (recompute or StepConv2d.may_be_ours(module)):
@@ -194,7 +169,7 @@ def _problem(bn: nn.BatchNorm2d, uses: list[Use]) -> str:
     """Why a batch norm is left, or an empty string."""
     if type(bn) is not nn.BatchNorm2d:
         return f"it is a {type(bn).__name__}, not a torch.nn.BatchNorm2d"
-    if _is_watched(bn):
+    if is_watched(bn):
         return WATCHED
     if not uses:
         return UNSEEN
@@ -226,8 +201,8 @@ def _search(model: nn.Module, slots: Counter[nn.Module | None]) -> _Found:
         if isinstance(child, nn.BatchNorm2d):
             continue
         if not any(isinstance(m, nn.BatchNorm2d) for m in child.modules()):
-            with suppress(Exception), _as_it_was(child):
-                _Tracer(set()).trace(child)
+            with suppress(Exception), as_it_was(child):
+                Tracer(set()).trace(child)
                 continue
             found.opaque.add(child)
             continue
@@ -266,49 +241,6 @@ def _place(error: Exception) -> str:
     return type(error).__name__ + at
 
 
-def _containers(module: nn.Module) -> list[Any]:
-    """What holds the attributes of a module: its dictionary, and lists, dictionaries and sets in that. Not of classes
-    of their own, which need not let themselves be filled again."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [vars(module)]
-    while waiting:
-        value = waiting.pop()
-        if id(value) not in found:
-            found[id(value)] = value
-            inner = value.values() if isinstance(value, dict) else value
-            waiting += [v for v in inner if type(v) in (list, dict, set, OrderedDict)]
-    return list(found.values())
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """A trace runs ``forward``: modes, assigned attributes, buffers and random numbers are put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
-    modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
-    held = [c for m in modules for c in _containers(m)]
-    before = [c.copy() for c in held]
-    numpy, python = sys.modules.get("numpy"), random.getstate()
-    drawn = numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(drawn)
-        for container, values in zip(held, before, strict=True):
-            container.clear()
-            container.extend(values) if isinstance(container, list) else container.update(values)
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, version, value in buffers:
-                if buffer._version != version:
-                    buffer.copy_(value)
-
-
 def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
     """:func:`_uses` in training and in evaluation, with all arguments, without options, of all flags.
 
@@ -328,7 +260,7 @@ def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
     found: Uses = {}
     for mode in (True, False):
         for i, arguments in enumerate(calls):
-            with _as_it_was(model):
+            with as_it_was(model):
                 for module in model.modules():
                     module.training = mode  # not train(), which may do anything
                 for module, uses in _uses(model, opaque, arguments, whole=i == 0).items():
@@ -338,7 +270,7 @@ def _uses_in_all_calls(model: nn.Module, opaque: set[nn.Module]) -> Uses:
 
 def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], whole: bool) -> Uses:
     """The batch norms of one trace, with these arguments, that are not fused yet, and the ReLUs."""
-    tracer, modules = _Tracer(opaque), dict(model.named_modules())
+    tracer, modules = Tracer(opaque), dict(model.named_modules())
     unfinished = False
     try:
         tracer.trace(model, arguments or None)

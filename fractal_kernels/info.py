@@ -34,7 +34,7 @@ def report() -> str:
     for name in backends.NAMES:
         reason = backends.why_not(name)
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
-    lines.append("fused activation: ReLU; networks with another one (leaky ReLU, SiLU, Mish, ...) run in PyTorch")
+    lines.append("fused activation: ReLU; beside others (leaky ReLU, SiLU, Mish, ...) only batch norms and joins are")
     if torch.cuda.is_available():
         name = backends.automatic(torch.device("cuda"), torch.float32)
         lines.append(f"CUDA device: ops on its tensors use the backend {name!r} unless another is named")

@@ -286,6 +286,11 @@ class BNReLUJoin(nn.Module):
         if len(inputs) != len(self.bns):
             raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
         norms = self._norms()
+        if other := {type(bn).__name__ for bn in norms if not isinstance(bn, nn.BatchNorm2d)}:
+            raise TypeError(
+                f"BNReLUJoin: expected bns of torch.nn.BatchNorm2d, got {', '.join(sorted(other))}; "
+                "fractal_kernels.sync_batch_norm(model) lets them run over all ranks as they are"
+            )
         first = norms[0]
         for name in ("training", "eps", "momentum"):  # a frozen batch norm is one in evaluation mode
             found = [getattr(bn, name) for bn in norms]

@@ -20,6 +20,7 @@ from fractal_kernels import (
     bn_relu,
     bn_relu_join,
     conv_bn_relu,
+    fractal_block,
     masked_mean_join,
 )
 from fractal_kernels.library import Flags
@@ -195,6 +196,27 @@ def test_one_tensor_twice(where):
         results.append([out, *torch.autograd.grad(out.square().sum(), mine)])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_tensor_twice_in_a_block():
+    path = torch.ones(4, 3, dtype=torch.bool)
+
+    def function(x: Tensor, first: Tensor, middle: Tensor, second: Tensor, w: Tensor) -> Tensor:
+        return fractal_block(x, [first, second, middle, second], w, w, path).out
+
+    shapes = (2, 3, 4, 4), (6, 3, 3, 3), (4, 2, 3, 3), (2, 2, 3, 3), (7, 2)
+    leaves, results = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes], []
+    for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        out = f(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+def test_a_block_of_one_channel_with_dropout():
+    """Where one channel is contiguous in any layout, what is saved is as the fake says all the same."""
+    path = torch.ones(1, 1, dtype=torch.bool)
+    arguments = (torch.randn(2, 1, 4, 4), [torch.randn(4, 1, 3, 3)], *[None] * 5, path, False, None, 0.3, 1e-5, 10)
+    torch.library.opcheck(OPS.block_forward, (*arguments, True, True, "cpu", ""), test_utils="test_faketensor")
 
 
 def test_a_changing_image_compiles_once():

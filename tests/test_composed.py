@@ -295,6 +295,19 @@ def test_an_empty_batch_is_no_step():
         assert bool((net.blocks[0].num_batches_tracked == 0).all())
 
 
+@pytest.mark.parametrize("path", [full_path(1, 2), column_path(1, 2, 0)], ids=["full", "column"])
+def test_an_output_can_be_changed_in_place(path):
+    """Whatever the path leaves out."""
+    net = FractalNet(5, 2, (4,), image_size=8, activation="silu").double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = torch.autograd.grad(net(x, path=path).sum(), net.head.weight)[0]
+    net.blocks[0].register_forward_hook(lambda m, x, out: out.mul_(0.5))
+    out = net(x, path=path)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), net.head.weight, retain_graph=True)[0], expected / 2)
+    out.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
 def test_initial_weights_are_of_their_own_fans():
     block = ComposedBlock(16, (32, 16), kernel_mix=0.5)
     block.init_weights("xavier")

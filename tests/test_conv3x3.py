@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import itertools
 import mmap
 import os
 import random
@@ -14,6 +15,7 @@ import time
 import fractalnet
 import pytest
 import torch
+import unread
 from test_backends import machine_has, python
 
 from fractal_kernels import cpu_conv
@@ -319,6 +321,16 @@ def test_buffers(cpu_conv_here):
     assert large < 40 and others < 100 and ended < 30, done.stdout
 
 
+def nothing_around_images_is_read_or_written():
+    """A process that does dies. In turn: few tiles, tiles of 2x2 and of 4x4 pixels that are not whole."""
+    for (n, h, w), c in itertools.product([(1, 8, 8), (64, 1, 3), (64, 5, 3)], (16, 3)):
+        y, grad, x = (unread.between_guards((n, 16, h, w)) for _ in range(3))
+        x, weight = x if c == 16 else x[:, :c].clone(), torch.ones(16, 3, 3, c).permute(0, 3, 1, 2)
+        torch.ops.fractal_kernels_cpu.conv3x3(y, x, weight, False)
+        torch.testing.assert_close(y, torch.conv2d(x, weight, padding=1))
+        cpu_conv.conv_backward(grad, x, weight, c == 16, torch.empty_like(weight))
+
+
 CHECK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -326,6 +338,13 @@ import test_conv3x3 as t
 fits = t.cpu_conv.fits(*t.operands(2, 32, 16, 5, 4)[:2], "cpu")
 for shape in t.SHAPES if fits else []:
     t.against_the_definition(t.cpu_conv, *shape)
+if fits:
+    t.test_pixels_outside_the_image_are_zeros(32, 32, 5, 5, None)
+    t.nothing_around_images_is_read_or_written()
+    try:
+        t.test_nothing_is_multiplied_that_was_left_in_memory(32, (8, 2, 2), (1, 2, 2), None)
+    except t.pytest.skip.Exception:  # no flag to ask
+        pass
 from fractal_kernels import _C
 print("checked with", _C.simd_in_use(), fits)
 """

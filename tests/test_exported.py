@@ -328,6 +328,40 @@ def test_composed_blocks():
     torch.testing.assert_close(program(x), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("column", [None, 0])
+def test_composed_blocks_of_which_a_part_runs(column, tmp_path):
+    """Traced where gradients are recorded too, and saved; per sample under the transforms of torch.func."""
+    net = fractalnet.FractalNet(5, 2, (4, 4), image_size=8, activation="silu").double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def loss(x):
+        return net(x, column=column).square().sum()
+
+    def loss_of_one(weights, x):
+        return torch.func.functional_call(net, weights, (x[None],), {"column": column}).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Column(net, column), x).save(tmp_path / "net.pt")
+    expected = net(x, column=column)
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(x), expected)
+    mine = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(mine), mine)[0])
+    weights = dict(net.named_parameters())
+    each = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0))(weights, x)
+    whole = torch.autograd.grad(loss(x), list(weights.values()), materialize_grads=True)
+    torch.testing.assert_close([g.sum(0) for g in each.values()], list(whole))
+
+
+class Column(nn.Module):
+    def __init__(self, net, column):
+        super().__init__()
+        self.net, self.column = net, column
+
+    def forward(self, x):
+        return self.net(x, column=self.column)
+
+
 def test_exporting_first_leaves_nothing_behind():
     """In a process of its own, where nothing has been made once yet."""
     code = (

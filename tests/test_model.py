@@ -4,7 +4,10 @@ import fractalnet
 import pytest
 import torch
 from fractalnet.drop_path import Path, column_path, full_path, sample_path
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from fractal_kernels import ConvBNReLU
 
 
 def count(model):
@@ -72,6 +75,27 @@ def test_statistics_that_no_step_moved(ratio, options):
         block.num_batches_tracked.fill_(1)
     for a, b in zip(got, [same(x), *(same(x, column=c) for c in range(2)), same.extract_column(1)(x)], strict=True):
         assert torch.equal(a, b)
+
+
+STEMS = {
+    "no pool": lambda own: nn.Sequential(own[0], nn.Identity()),
+    "steps": lambda own: nn.Sequential(
+        ConvBNReLU(3, 8, dilation=2), nn.Dropout(0.5), ConvBNReLU(8, 64, groups=8, affine=False)
+    ),
+    "a convolution": lambda own: nn.Conv2d(3, 64, 3, 4),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_columns_have_a_stem_of_ones_own(name):
+    net = fractalnet.FractalNet(7, 2, (4, 6), image_size=32, stem="resnet")
+    net.stem = STEMS[name](net.stem)
+    net, x = net.double(), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    net(x)
+    net.eval()
+    for fold in (False, True):
+        torch.testing.assert_close(fractalnet.export.plain(net, fold=fold)(x), net(x))
+        torch.testing.assert_close(net.extract_column(0, fold=fold)(x), net(x, column=0))
 
 
 def test_anytime():

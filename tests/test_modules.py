@@ -218,3 +218,12 @@ def test_batch_norms_of_a_join_that_differ(name):
     setattr(module.bns[1], name, 0.5)
     with pytest.raises(ValueError, match=f"BNReLUJoin: expected one {name} of all batch norms, got"):
         module([torch.randn(4, 3, 5, 5)] * 2)
+
+
+def test_batch_norms_of_a_join_of_another_class():
+    """PyTorch's synchronised ones would neither be synchronised nor track anything."""
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(BNReLUJoin(2, 3))
+    with pytest.raises(
+        TypeError, match=r"BNReLUJoin: expected bns of torch.nn.BatchNorm2d, got SyncBatchNorm; .*sync_"
+    ):
+        module([torch.randn(4, 3, 5, 5)] * 2)

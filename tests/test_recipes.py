@@ -223,7 +223,8 @@ def test_where_a_run_goes(monkeypatch, capsys):
         ("fractalnet20/c10", Path("runs/fractalnet20-c10"), None, False),
         ("digits", Path("runs/digits"), "newest", True),
     ]
-    assert "--batch_size" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--batch_size BATCH_SIZE images of a batch, over all ranks. (required, type: int)" in said
 
 
 @pytest.mark.parametrize("name, million, parameters", [("fractalnet20-drop/c10+", "845.2", "33,724,618")])

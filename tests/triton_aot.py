@@ -76,6 +76,7 @@ class _Compile:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             backend = make_backend(self.target)
+            assert options["enable_fp_fusion"]  # else it would be as the version of Triton has it
             options.setdefault("debug", False)
             bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
             bound, specialization, rest = bind(*args, **options)

@@ -1,5 +1,5 @@
 """Runs joins beside memory that may not be read: who loads it, dies. It is where dropped branches and samples are, or
-behind the ends of inputs and gradients.
+behind the ends of inputs and gradients (on the CPU of outputs, too: who writes there, dies).
 
     python unread.py BACKEND dropped|ends
 
@@ -9,6 +9,7 @@ A program of its own, which a segmentation fault ends. FRACTAL_SIMT names a libr
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from fractal_kernels import backends, bn_relu_join, masked_mean_join
+from fractal_kernels.library import Flags
 
 K, N, C, H, W = 3, 4, 16, 8, mmap.PAGESIZE // 512
 BYTES = C * H * W * 4  # of a sample in float32: a page
 NOTHING = 0  # PROT_NONE
+launchers = torch.ops.fractal_kernels_cpu
 _protect = ctypes.CDLL(None, use_errno=True).mprotect
 _protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -90,34 +93,64 @@ def dropped(backend: str) -> int:
     return count
 
 
-def at_an_end(shape: tuple[int, ...], channels_last: bool) -> Tensor:
+def at_an_end(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random numbers behind which nothing may be read."""
     n, c, h, w = shape
-    size = 4 * n * c * h * w
+    size = dtype.itemsize * n * c * h * w
     pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = torch.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), dtype=torch.float32)
+    memory = torch.frombuffer(mmap.mmap(-1, pages + mmap.PAGESIZE), dtype=dtype)
     if _protect(memory.data_ptr() + pages, mmap.PAGESIZE, NOTHING):
         raise OSError(ctypes.get_errno(), "mprotect")
-    flat = memory[(pages - size) // 4 : pages // 4]
+    flat = memory[(pages - size) // dtype.itemsize : pages // dtype.itemsize]
     t = flat.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else flat.view(shape)
     return t.copy_(torch.randn(shape))
 
 
+def between_guards(shape: tuple[int, ...]) -> Tensor:
+    """Ones in channels_last, whole pages, before and behind which nothing may be read."""
+    n, c, h, w = shape
+    pages = 4 * n * c * h * w // mmap.PAGESIZE * mmap.PAGESIZE
+    memory = torch.frombuffer(mmap.mmap(-1, pages + 2 * mmap.PAGESIZE), dtype=torch.float32)
+    for at in (0, mmap.PAGESIZE + pages):
+        if _protect(memory.data_ptr() + at, mmap.PAGESIZE, NOTHING):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return memory[mmap.PAGESIZE // 4 :][: pages // 4].fill_(1.0).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 def ends(backend: str) -> int:
-    """The same of odd sizes at the ends of memory: nothing past a window, a vector or a tile is loaded."""
-    count, (n, c, h, w) = 0, (2, 5, 5, 7)
-    for channels_last in (True, False):
-        for pool in (None, "before", "after"):
-            for training in (True, False):
-                ys = [at_an_end((n, c, h, w), channels_last).requires_grad_() for _ in range(2)]
-                norms = [[torch.ones(c).requires_grad_() for _ in range(2)] for _ in range(2)]
-                running = [[torch.rand(c).add_(0.5) for _ in range(2)] for _ in range(2)]
-                out = bn_relu_join(ys, *norms, *running, None, training, pool=pool, backend=backend)
-                grad = at_an_end(tuple(out.shape), channels_last)
-                torch.autograd.grad(out, [*ys, *norms[0], *norms[1]], grad)
-                count += 1
-                print(f"{'channels_last' if channels_last else 'contiguous'}, {pool}, {training}", flush=True)
+    """The same of odd sizes at the ends of memory: nothing past a window, a vector or a tile is loaded. On the CPU in
+    every dtype, of even sizes too, and nothing is written there."""
+    count, shapes, dtypes = 0, [(2, 5, 5, 7)], [torch.float32]
+    if backend == "cpu":
+        shapes, dtypes = [*shapes, (2, 21, 4, 6)], [*dtypes, torch.float64, torch.bfloat16, torch.float16]
+    for shape, dtype, channels_last in itertools.product(shapes, dtypes, (True, False)):
+        for pool, training in itertools.product((None, "before", "after"), (True, False)):
+            c = shape[1]
+            ys = [at_an_end(shape, channels_last, dtype).requires_grad_() for _ in range(2)]
+            of_norms = torch.float64 if dtype == torch.float64 else torch.float32
+            norms = [[torch.ones(c, dtype=of_norms).requires_grad_() for _ in range(2)] for _ in range(2)]
+            running = [[torch.rand(c, dtype=of_norms).add_(0.5) for _ in range(2)] for _ in range(2)]
+            out = bn_relu_join(ys, *norms, *running, None, training, pool=pool, backend=backend)
+            grad = at_an_end(tuple(out.shape), channels_last, dtype)
+            torch.autograd.grad(out, [*ys, *norms[0], *norms[1]], grad)
+            if backend == "cpu":
+                written(ys, grad, pool, channels_last)
+            count += 1
+            print(
+                f"{shape}, {dtype}, {'channels_last' if channels_last else 'contiguous'}, {pool}, {training}",
+                flush=True,
+            )
     return count
+
+
+def written(ys: list[Tensor], grad: Tensor, pool: str | None, channels_last: bool) -> None:
+    """The launchers' outputs at ends of memory."""
+    flags = int({None: Flags(0), "before": Flags.POOL_BEFORE, "after": Flags.POOL_AFTER}[pool] | Flags.RELU_OUTPUT)
+    ys = [y.detach() for y in ys]
+    out, *dys = (at_an_end(tuple(t.shape), channels_last, t.dtype) for t in (grad, *ys))
+    no_norm = ([], [], [], [])
+    launchers.join_forward(out, ys, None, *no_norm, 0.0, flags, channels_last)
+    launchers.join_backward_apply(dys, grad, ys, None, *no_norm, [], 0.0, flags, channels_last)
 
 
 def main(backend: str, what: str) -> None:
@@ -145,7 +178,7 @@ def read_nothing(backend: str, what: str = "dropped", **environment: str) -> Non
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     if run.returncode == -signal.SIGSEGV:
         raise MemoryError(f"{backend} read {what}, after: {run.stdout[-200:]}")
-    steps_run = {"dropped": 52, "ends": 12}[what]
+    steps_run = {"dropped": 52, "ends": 96 if backend == "cpu" else 12}[what]
     there = f"{steps_run} steps read nothing" in run.stdout
     assert run.returncode == 0 and there, (run.returncode, run.stdout, run.stderr)
 

@@ -30,6 +30,11 @@ def foreign_tool() -> str:
     return ""
 
 
+def channels_last(t: Tensor) -> Tensor:
+    """``t`` in channels_last; as it is under a transform of torch.func, of which not all know memory formats."""
+    return t if foreign_tool() == TRANSFORM else t.contiguous(memory_format=torch.channels_last)
+
+
 def join(
     ys: list[Tensor],
     mask: Tensor | None,

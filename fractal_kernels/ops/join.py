@@ -181,16 +181,16 @@ def _plain_join(op: str, ys: list[Tensor], mask: Tensor | None, flags: int, back
     backend = backends.resolve(op, backend, ys[0].device, ys[0].dtype)
     if exported.foreign_tool():
         return exported.join(ys, mask, [], [], [], [], 0.0, flags)
-    return _PlainJoin.apply(flags, backend, mask, *_distinct(ys))  # type: ignore[no-any-return, no-untyped-call]
+    return _PlainJoin.apply(flags, backend, mask, *distinct(ys))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+def distinct(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Under torch.compile a view of what comes again: it refuses an autograd function that takes a tensor twice."""
     if not torch.compiler.is_compiling():
-        return tensors
-    seen: list[Tensor] = []
+        return list(tensors)
+    seen: list[Tensor | None] = []
     for t in tensors:
-        seen.append(t.view_as(t) if any(t is s for s in seen) else t)
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
     return seen
 
 
@@ -250,7 +250,7 @@ def normalised_join(
             count = torch.stack([counts.get(i, none) for i in range(k)])
         params.append(count)
     options = (k, affine, batch_stats, plain, eps, flags, backend, synchronised)
-    return _NormJoin.apply(*options, mask, *_distinct([*ys, *params]))  # type: ignore[no-any-return, no-untyped-call]
+    return _NormJoin.apply(*options, mask, *distinct([*ys, *params]))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _of_all(

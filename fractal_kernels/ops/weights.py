@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .exported import foreign_tool
+from .exported import channels_last, foreign_tool
 from .twice import is_batched
 
 
@@ -85,5 +85,5 @@ def wide_weights(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list
     for i, group in enumerate(groups):
         if i not in found:
             wide = group[0].to(dtype) if len(group) == 1 else torch.cat([w.to(dtype) for w in group])
-            found[i] = wide.contiguous(memory_format=torch.channels_last)
+            found[i] = channels_last(wide)
     return [found[i] for i in range(len(groups))]

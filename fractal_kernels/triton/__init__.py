@@ -163,7 +163,7 @@ def channel_stats(
         kernels.merge_stats[(_ceil(channels, tile.channels), k)](
             mean, var, count, partial, numbers, tuple(running) or (mean,), momentum,
             mean if momenta is None else momenta, programs, channels, K=k, UPDATE=bool(running),
-            HAS_M=momenta is not None, BG=tile.sites, BC=tile.channels,
+            HAS_M=momenta is not None, BG=tile.sites, BC=tile.channels, **config.FMA,
         )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def join_backward_reduce(
         )  # fmt: skip
         tile = config.merge(channels)
         kernels.merge_sums[(_ceil(channels, tile.channels), 2 * k)](
-            sum_dz, sum_dzx, partial, programs, channels, K=k, BG=tile.sites, BC=tile.channels
+            sum_dz, sum_dzx, partial, programs, channels, K=k, BG=tile.sites, BC=tile.channels, **config.FMA
         )
 
 

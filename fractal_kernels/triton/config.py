@@ -76,12 +76,16 @@ def most_registers(kernel: str, branches: int, pool: bool, channels_last: bool, 
     return 255 if pool or branches > 3 else MOST_REGISTERS[kernel]
 
 
+# Products and sums are one instruction: of every launch, since what Triton does by itself depends on its version.
+FMA = {"enable_fp_fusion": True}
+
+
 def options(kernel: str, branches: int, pool: bool, warps: int, channels_last: bool, row: int = 1) -> dict[str, int]:
     """Of a launch. Without a bound ptxas picks one by itself, and now and then spills a register for it. The bound is a
     thread's, whatever the number of warps: eight of 255 registers are a multiprocessor's 65536."""
     if torch.version.hip:
-        return {"num_warps": warps}
-    return {"num_warps": warps, "maxnreg": most_registers(kernel, branches, pool, channels_last, row)}
+        return {"num_warps": warps, **FMA}
+    return {"num_warps": warps, "maxnreg": most_registers(kernel, branches, pool, channels_last, row), **FMA}
 
 
 class Choice(NamedTuple):

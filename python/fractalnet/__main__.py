@@ -57,13 +57,15 @@ def run_train(arguments: argparse.Namespace, rest: list[str]) -> None:
     """`rest`: the recipe, if it comes first, and its options, which jsonargparse knows."""
     first = rest.pop(0) if rest and not rest[0].startswith("-") else None
     if arguments.options:
-        print(config.parser().format_help())
+        print(config.parser().format_help().rstrip())
         return
     if first and arguments.recipe:
         raise UserError(f"--recipe: expected one recipe, got {first!r} and {arguments.recipe!r}")
     name, out = first or arguments.recipe, arguments.out
     if name is None and arguments.resume and out:
         name = str(out / "config.yaml")  # what the run was begun with
+    if name is None and arguments.resume:
+        raise UserError("--resume: expected a RECIPE, or --out DIR, the folder of the run")
     if name is None:
         raise UserError(f"expected a RECIPE: {', '.join(config.recipes())}, or a YAML file")
     found, plain = config.load(name, rest, arguments.parser.options())
@@ -172,16 +174,17 @@ def add_studies(commands: argparse._SubParsersAction) -> None:
     out = {"type": Path, "metavar": "DIR"}
     seeds = {"type": listed(whole(0)), "metavar": "S,S", "help": "of weights, batches and paths (default: 0)"}
     command = studies.add_parser("depth", help="plain and fractal networks of growing depth, trained alike")
-    command.add_argument("--columns", type=listed(count), metavar="C,C", default=tuple(range(1, 7)))
+    columns = {"type": listed(count), "metavar": "C,C", "help": "(default: 1,2,3,4,5,6)"}
+    command.add_argument("--columns", default=tuple(range(1, 7)), **columns)
     kinds = f"some of {', '.join(study.KINDS)} (default: {','.join(study.DEFAULT_KINDS)})"
     command.add_argument("--kinds", type=listed(kind), metavar="K,K", default=study.DEFAULT_KINDS, help=kinds)
-    command.add_argument("--epochs", type=whole(1), metavar="N", default=study.EPOCHS)
-    command.add_argument("--lr", type=positive, metavar="X", default=study.LR)
+    command.add_argument("--epochs", type=whole(1), metavar="N", default=study.EPOCHS, help="(default: %(default)s)")
+    command.add_argument("--lr", type=positive, metavar="X", default=study.LR, help="(default: %(default)s)")
     command.add_argument("--seeds", default=(0,), **seeds)
     command.add_argument("--out", help="where the results go (default: runs/depth)", **out)
     command.set_defaults(run=run_depth, parser=command)
     command = studies.add_parser("statistics", help="the demo's network with one set of running statistics and two")
-    command.add_argument("--epochs", type=whole(1), metavar="N", default=20)
+    command.add_argument("--epochs", type=whole(1), metavar="N", default=20, help="(default: %(default)s)")
     command.add_argument("--seeds", default=(0, 1, 2), **seeds | {"help": "(default: 0,1,2)"})
     command.add_argument("--out", help="where the results go (default: runs/statistics)", **out)
     command.set_defaults(run=run_statistics, parser=command)
@@ -232,7 +235,7 @@ def parser() -> Parser:
     command = commands.add_parser("train", help=text, usage=f"{top.prog} train RECIPE [options]", description=long)
     command.add_argument("--recipe", metavar="RECIPE", help="in place of the first argument")
     command.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")
-    text = "go on from the folder's newest checkpoint, or from this one; without RECIPE as the run was begun"
+    text = "go on from the folder's newest checkpoint, or from this one; with --out a RECIPE need not be said again"
     command.add_argument("--resume", nargs="?", const="newest", metavar="FILE", help=text)
     command.add_argument("--overwrite", action="store_true", help="replace an earlier run in the folder")
     command.add_argument("--dry-run", action="store_true", help="print the whole recipe and its costs, train nothing")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fractal_kernels import backends, bn_relu_join, checks, compiling, masked_mean_join, recomputed, sync
 from fractal_kernels.ops.conv import conv2d_1x1_pooled, conv2d_3x3
+from fractal_kernels.ops.exported import channels_last, foreign_tool
 from fractal_kernels.ops.weights import wide_weights
 from fractal_kernels.schedule import Unit, live_units, plan
 
@@ -40,7 +41,7 @@ class _WithZeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, *unused: Tensor) -> Tensor:
         ctx.save_for_backward(*unused)
-        return out.view_as(out)
+        return out.detach()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -209,15 +210,16 @@ class ComposedBlock(Block):
         # On a GPU one launch; zeros, as what is not moved stays as it is.
         zero = self.running_mean.new_zeros((2, sum(self.sizes))) if self.training else None
         taken = self.statistics(alone) if zero is None else list(zero.unbind())
-        parts = Tensor.split if len(runs) == len(self.sizes) else _Split.apply
+        tool = foreign_tool()  # which knows no autograd functions
+        parts = Tensor.split if tool or len(runs) == len(self.sizes) else _Split.apply
         split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
         split += [v.split(self.sizes) for v in taken]
         views = {u.id: self._views(u, split) for u in self.schedule.units if u.id in runs}
         groups = [self._groups([u for u in row if u.id in runs], views, indices, x) for row in self.schedule.starts]
-        keeps = torch.is_grad_enabled()  # casts, for backward; else those of a row are gone with it
+        keeps = bool(tool) or torch.is_grad_enabled()  # casts, for backward; else those of a row are gone with it
         weights = self._weights(groups, views, x) if keeps else {}
         branches: dict[int, Tensor] = {}
-        out = x.contiguous(memory_format=torch.channels_last)  # once, not for every column that reads it
+        out = channels_last(x)  # once, not for every column that reads it
         for row, joined in enumerate(joins):
             if not keeps:
                 weights = self._weights(groups[row : row + 1], views, x)
@@ -260,7 +262,7 @@ class ComposedBlock(Block):
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
         unused += [p for group in (self.weights_1x1, self.projections) for i, p in group.items() if int(i) not in runs]
         unused += [v for v in (self.gamma, self.beta, self.conv_bias) if v is not None and not runs]
-        return self.finish(_WithZeros.apply(out, *unused) if unused else out)
+        return self.finish(_WithZeros.apply(out, *unused) if unused and not tool else out)
 
     _uncompiled = compiling.disable(_run)  # which units run is the host's to read from keep
 
@@ -327,7 +329,7 @@ class ComposedBlock(Block):
 
     def _convs(self, z: Tensor, units: list[UnitViews], weight: Tensor, weight_1x1: Tensor | None) -> list[Tensor]:
         """The convolutions of units that read the same."""
-        z = z.contiguous(memory_format=torch.channels_last)
+        z = channels_last(z)
         y = conv2d_3x3(z, weight, backends.resolve("FractalNet", None, z.device, z.dtype))
         ys = [y] if len(units) == 1 else [*y.split([u.weight.shape[0] for u in units], 1)]
         if weight_1x1 is None:

@@ -186,7 +186,10 @@ def parser() -> Any:
     require("jsonargparse")
     from jsonargparse import ArgumentParser
 
-    made = ArgumentParser(prog="python -m fractalnet train", exit_on_error=False, add_help=False, allow_abbrev=False)
+    prog, said = "python -m fractalnet train", "What is required is in a recipe. Other options: train --help."
+    made = ArgumentParser(
+        prog, f"{prog} RECIPE [options]", said, exit_on_error=False, add_help=False, allow_abbrev=False
+    )
     made.add_class_arguments(Config, None)
     return made
 

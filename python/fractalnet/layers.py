@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -106,14 +107,16 @@ def resnet_stem(in_channels: int, init: str, conv_bias: bool, bn_affine: bool, *
 def plain_step(step: ConvBNReLU) -> list[nn.Module]:
     """A copy of a step in modules of ``torch.nn``."""
     made = {"device": step.conv.weight.device, "dtype": step.conv.weight.dtype}
-    sizes = step.conv.kernel_size, step.conv.stride, step.conv.padding
-    conv = nn.Conv2d(step.conv.in_channels, step.conv.out_channels, *sizes, bias=step.conv.bias is not None, **made)
+    names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
+    conv = nn.Conv2d(*(getattr(step.conv, name) for name in names), bias=step.conv.bias is not None, **made)
     bn = nn.BatchNorm2d(step.bn.num_features, step.bn.eps, step.bn.momentum, step.bn.affine, **made)
     conv.load_state_dict(step.conv.state_dict())
     bn.load_state_dict(step.bn.state_dict())
     return [conv, bn, nn.ReLU()]
 
 
-def plain_stem(stem: nn.Sequential) -> list[nn.Module]:
-    """A copy of the stem in modules of ``torch.nn``."""
-    return [*plain_step(stem[0]), nn.MaxPool2d(3, 2, 1)]
+def plain_stem(stem: nn.Module) -> list[nn.Module]:
+    """Copies of the stem's layers, also of those that were put in their place; our steps in modules of ``torch.nn``."""
+    layers = [*stem] if type(stem) is nn.Sequential else [stem]
+    plain = (plain_step(layer) if isinstance(layer, ConvBNReLU) else [copy.deepcopy(layer)] for layer in layers)
+    return [layer for copies in plain for layer in copies]

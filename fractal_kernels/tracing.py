@@ -1,0 +1,109 @@
+"""What ``fuse`` follows a model with: a tracer that stops at the modules that are looked for, and leaves no trace."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.fx
+from torch import nn
+from torch.fx.node import map_aggregate
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import is_lazy
+
+from .modules import BNReLUJoin, DropPathJoin, MeanJoin
+
+
+class Tracer(torch.fx.Tracer):
+    """Follows containers down to the modules that are looked for, and past this package's functions; not into
+    ``opaque`` modules, which cannot be traced."""
+
+    def __init__(self, opaque: set[nn.Module]) -> None:
+        package = sys.modules[__package__]
+        super().__init__(autowrap_modules=(math, package))  # type: ignore[arg-type]
+        # Not its classes: a forward may ask for them.
+        self._autowrap_function_ids -= {id(value) for value in vars(package).values() if isinstance(value, type)}
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaves = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, BNReLUJoin, DropPathJoin, MeanJoin)
+        return isinstance(m, leaves) or m in self.opaque or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Hooks of a container are not called, and stand in the graph as what reads all that goes into it and comes out
+        of it: they see that, and may change it."""
+        own = m._forward_pre_hooks or m._forward_hooks or m._backward_hooks or m._backward_pre_hooks
+        if not (own or _has_any_global_hook()) or self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        args, kwargs = map_aggregate(args, self._seen), map_aggregate(kwargs, self._seen)
+        return map_aggregate(super().call_module(m, m.forward, args, kwargs), self._seen)
+
+    def _seen(self, value: Any) -> Any:
+        is_traced = isinstance(value, torch.fx.Proxy)
+        return self.create_proxy("call_function", hooks_of_a_container, (value,), {}) if is_traced else value
+
+
+def hooks_of_a_container(value: Any) -> Any:
+    """In a graph, for hooks that may do anything."""
+    return value
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks, or a ``forward`` of its own, see and may change its output or gradients."""
+    hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
+
+
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """What holds the attributes of a module: its dictionary, and Python's containers in that, not of classes of their
+    own, which need not let themselves be filled again. And the random generators among them."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [vars(module)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            if type(value) is not torch.Generator:
+                inner = value.values() if isinstance(value, dict) else value
+                waiting += [v for v in inner if type(v) in (*CONTAINERS, torch.Generator)]
+    return list(found.values())
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """A trace runs ``forward``: modes, assigned attributes, buffers and random numbers are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
+    modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
+    held = [v for m in modules for v in _held(m)]
+    before = [v.get_state() if isinstance(v, torch.Generator) else v.copy() for v in held]
+    numpy, python = sys.modules.get("numpy"), random.getstate()
+    drawn = numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(drawn)
+        for value, was in zip(held, before, strict=True):
+            if isinstance(value, torch.Generator):
+                value.set_state(was)
+                continue
+            value.clear()
+            value.extend(was) if isinstance(value, (list, deque)) else value.update(was)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
