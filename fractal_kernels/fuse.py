@@ -16,7 +16,7 @@ import torch.fx
 from torch import nn
 
 from .modules import BatchNormReLU2d, BNReLUJoin, ConvBNReLU, FusedReLU, StepConv2d
-from .tracing import Tracer, as_it_was, is_watched
+from .tracing import Tracer, as_it_was, hooks_of_a_container, is_watched
 
 WATCHED = "it has hooks, or a forward of its own, which would see what the ReLU made of its output"
 ALONE = "its only use is not a torch.nn.ReLU module (without hooks)"
@@ -72,14 +72,15 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     Parameters, buffers and ``state_dict`` keys stay as they are. The ReLU returns what such a batch norm returned as it
     is, and stays a ReLU to everything else: one module may serve a whole residual block. Left are, among others, a
     batch norm whose ReLU is a function, which nobody can swap (the report names it), one with hooks on its output or
-    gradients, and one with a ``forward`` that was set on the object.
+    gradients, or on those of a container that ends in it, and one with a ``forward`` that was set on the object.
 
     The model's ``forward`` is traced symbolically, in training and in evaluation, with all arguments, with none but the
     required ones, and with every combination of its flags; of what else it does depending on its arguments or on
-    chance, nothing is known. If it cannot be traced, each of its modules is traced by itself, assuming that the model
-    runs each as a whole and holds them all as modules. What is read between a batch norm and its ReLU, by another
-    method of the model too, has had both. Under ``torch.compile`` a ReLU that no trace saw do anything else does
-    nothing: where batch norms were replaced since, call ``fuse`` again before it.
+    chance, nothing is known. Hooks of containers are called with torch.fx's proxies. If it cannot be traced, each of
+    its modules is traced by itself, assuming that the model runs each as a whole and holds them all as modules. What is
+    read between a batch norm and its ReLU, by another method of the model too, has had both. Under ``torch.compile`` a
+    ReLU that no trace saw do anything else does nothing: where batch norms were replaced since, call ``fuse`` again
+    before it.
 
     Plain 3x3 convolutions (stride and padding 1, no bias, no groups) run as in :func:`conv_bn_relu`, whatever follows
     them (their class is another then): on the CPU they are faster if the model and its input are in channels_last.
@@ -305,7 +306,9 @@ def _uses(model: nn.Module, opaque: set[nn.Module], arguments: dict[str, Any], w
         if module is None or isinstance(module, (BatchNormReLU2d, BNReLUJoin)) or module in opaque:
             continue
         if isinstance(module, (nn.BatchNorm2d, nn.ReLU)) and node.op == "call_module":
-            before = module_of(source(node)) if node.all_input_nodes else None
+            before = None
+            if node.all_input_nodes and all(r.target is not hooks_of_a_container for r in readers(source(node))):
+                before = module_of(source(node))
             users = readers(node)
             after = module_of(users[0]) if len(users) == 1 else None
             words = ", ".join(_in_words(user, module_of(user)) for user in users) or "nothing"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, checks, sync
 from .library import MAX_BRANCHES
@@ -87,7 +88,7 @@ def advance(bn: nn.BatchNorm2d, live: Tensor | int = 1) -> float | Tensor:
 
 def _running(bn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics that a call uses, as PyTorch's does: what it has, unless it trains and tracks none."""
-    if not isinstance(bn, nn.BatchNorm2d) or (bn.training and not bn.track_running_stats):
+    if not isinstance(bn, _BatchNorm) or (bn.training and not bn.track_running_stats):
         return None, None
     return bn.running_mean, bn.running_var
 
@@ -286,10 +287,10 @@ class BNReLUJoin(nn.Module):
         if len(inputs) != len(self.bns):
             raise ValueError(f"BNReLUJoin: expected {len(self.bns)} inputs, got {len(inputs)}")
         norms = self._norms()
-        if other := {type(bn).__name__ for bn in norms if not isinstance(bn, nn.BatchNorm2d)}:
+        if any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
             raise TypeError(
-                f"BNReLUJoin: expected bns of torch.nn.BatchNorm2d, got {', '.join(sorted(other))}; "
-                "fractal_kernels.sync_batch_norm(model) lets them run over all ranks as they are"
+                "BNReLUJoin: expected bns of torch.nn.BatchNorm2d, got SyncBatchNorm; instead of converting them, "
+                "fractal_kernels.sync_batch_norm(model) lets them run over all ranks"
             )
         first = norms[0]
         for name in ("training", "eps", "momentum"):  # a frozen batch norm is one in evaluation mode

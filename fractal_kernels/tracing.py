@@ -12,8 +12,6 @@ from typing import Any
 
 import torch.fx
 from torch import nn
-from torch.fx.node import map_aggregate
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from .modules import BNReLUJoin, DropPathJoin, MeanJoin
@@ -35,31 +33,29 @@ class Tracer(torch.fx.Tracer):
         return isinstance(m, leaves) or m in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Hooks of a container are not called, and stand in the graph as what reads all that goes into it and comes out
-        of it: they see that, and may change it."""
-        own = m._forward_pre_hooks or m._forward_hooks or m._backward_hooks or m._backward_pre_hooks
-        if not (own or _has_any_global_hook()) or self.is_leaf_module(m, self.path_of_module(m)):
+        """Hooks of a container see what goes into it and comes out, and may change that: in the graph they read it.
+        What else they do with it is traced as far as they take it for a tensor."""
+        of_output = m._forward_hooks or m._backward_hooks or m._backward_pre_hooks
+        if not (of_output or m._forward_pre_hooks) or self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
-        args, kwargs = map_aggregate(args, self._seen), map_aggregate(kwargs, self._seen)
-        return map_aggregate(super().call_module(m, m.forward, args, kwargs), self._seen)
+        self.create_proxy("call_function", hooks_of_a_container, (args, kwargs), {})
+        out = super().call_module(m, forward, args, kwargs)
+        if of_output:
+            self.create_proxy("call_function", hooks_of_a_container, (out,), {})
+        return out
 
-    def _seen(self, value: Any) -> Any:
-        is_traced = isinstance(value, torch.fx.Proxy)
-        return self.create_proxy("call_function", hooks_of_a_container, (value,), {}) if is_traced else value
 
-
-def hooks_of_a_container(value: Any) -> Any:
+def hooks_of_a_container(*seen: Any) -> None:
     """In a graph, for hooks that may do anything."""
-    return value
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks, or a ``forward`` of its own, see and may change its output or gradients."""
     hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    return bool(hooks) or "forward" in vars(module)
 
 
-CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+PUT_BACK = {list, dict, set, OrderedDict, defaultdict, deque, torch.Generator}
 
 
 def _held(module: nn.Module) -> list[Any]:
@@ -73,7 +69,7 @@ def _held(module: nn.Module) -> list[Any]:
             found[id(value)] = value
             if type(value) is not torch.Generator:
                 inner = value.values() if isinstance(value, dict) else value
-                waiting += [v for v in inner if type(v) in (*CONTAINERS, torch.Generator)]
+                waiting += [v for v in inner if type(v) in PUT_BACK]
     return list(found.values())
 
 

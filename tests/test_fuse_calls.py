@@ -60,43 +60,6 @@ def test_fuse_leaves_what_has_a_forward_of_its_own(at, traced):
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize(
-    "kind, at, hook",
-    [
-        ("register_forward_hook", "body", lambda m, x, out: out + 1),
-        ("register_forward_pre_hook", "act", lambda m, x: (x[0] + 1,)),
-        ("register_full_backward_hook", "act", lambda m, dx, dout: (dx[0] + 1,)),
-        ("register_full_backward_pre_hook", "body", lambda m, dout: (dout[0] + 1,)),
-    ],
-)
-def test_fuse_takes_note_of_hooks_of_containers(kind, at, hook):
-    """Which see what is between a batch norm and its ReLU; what is inside of them is fused all the same."""
-    inside = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-    plain, seen = nn.Sequential(), []
-    plain.body, plain.act = nn.Sequential(*inside), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1))
-    fused = copy.deepcopy(plain)
-    for model in (plain, fused):
-        getattr(getattr(model, at), kind)(lambda *given: (seen.append(given[-1]), hook(*given))[1])
-    report = fuse(fused)
-    assert report.fused == ["body.1"] and "hooks_of_a_container" in str(report) and not seen
-    x, results = torch.randn(2, 3, 6, 6), []
-    for model in (plain, fused):
-        mine = x.clone().requires_grad_()
-        out = model(mine)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [mine, *model.parameters()])])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-def test_fuse_takes_note_of_hooks_of_all_modules():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    hook = nn.modules.module.register_module_forward_hook(lambda m, x, out: None)
-    try:
-        assert fuse(model).fused == []
-    finally:
-        hook.remove()
-    assert fuse(model).fused == ["1"]
-
-
 def test_fuse_leaves_nothing_in_containers():
     class Caching(nn.Module):
         def __init__(self) -> None:

@@ -79,10 +79,8 @@ def test_statistics_that_no_step_moved(ratio, options):
 
 STEMS = {
     "no pool": lambda own: nn.Sequential(own[0], nn.Identity()),
-    "steps": lambda own: nn.Sequential(
-        ConvBNReLU(3, 8, dilation=2), nn.Dropout(0.5), ConvBNReLU(8, 64, groups=8, affine=False)
-    ),
-    "a convolution": lambda own: nn.Conv2d(3, 64, 3, 4),
+    "steps": lambda own: nn.Sequential(ConvBNReLU(3, 9, dilation=2, groups=3), ConvBNReLU(9, 64, affine=False)),
+    "a step": lambda own: ConvBNReLU(3, 64, 4, 4, padding=0, track_running_stats=False),
 }
 
 
@@ -96,6 +94,29 @@ def test_columns_have_a_stem_of_ones_own(name):
     for fold in (False, True):
         torch.testing.assert_close(fractalnet.export.plain(net, fold=fold)(x), net(x))
         torch.testing.assert_close(net.extract_column(0, fold=fold)(x), net(x, column=0))
+    program = fractalnet.export.to_exported_program(net, 0)
+    torch.testing.assert_close(program.module()(x), net(x, column=0))
+    net.stem = nn.Sequential(ConvBNReLU(3, 64), nn.Dropout(0.5))
+    for plain in (fractalnet.export.plain, lambda net: net.extract_column(0)):
+        with pytest.raises(TypeError, match="expected a stem of ConvBNReLU, MaxPool2d and Identity, got Dropout"):
+            plain(net)
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_files_of_columns_have_a_stem_of_ones_own(name, tmp_path):
+    """Or say what they cannot hold."""
+    pytest.importorskip("safetensors")
+    net = fractalnet.FractalNet(7, 2, (4, 6), image_size=32, stem="resnet")
+    net.stem = STEMS[name](net.stem)
+    if name == "no pool":
+        fractalnet.export.save_column(net, 0, tmp_path / "column")
+        x = torch.randn(3, 3, 32, 32)
+        torch.testing.assert_close(fractalnet.export.load_column(tmp_path / "column")(x), net.eval()(x, column=0))
+        return
+    what = r"Conv2d of dilation \(1, 1\), got dilation \(2, 2\)|BatchNorm2d of track_running_stats True, got .* False"
+    with pytest.raises(ValueError, match=f"save_column: expected ({what}), of which a column's file says nothing"):
+        fractalnet.export.save_column(net, 0, tmp_path / "column")
+    assert not list(tmp_path.iterdir())
 
 
 def test_anytime():

@@ -220,6 +220,15 @@ def test_batch_norms_of_a_join_that_differ(name):
         module([torch.randn(4, 3, 5, 5)] * 2)
 
 
+def test_batch_norms_of_a_join_of_volumes():
+    module, inputs = BNReLUJoin(2, 3), [torch.randn(4, 3, 2, 5, 5) for _ in range(2)]
+    module.bns = nn.ModuleList(nn.BatchNorm3d(3) for _ in range(2))
+    eager = copy.deepcopy(module.bns)
+    for training in (True, False):
+        expected = sum(bn.train(training)(y).relu() for bn, y in zip(eager, inputs, strict=True)) / 2
+        torch.testing.assert_close(module.train(training)(inputs), expected)
+
+
 def test_batch_norms_of_a_join_of_another_class():
     """PyTorch's synchronised ones would neither be synchronised nor track anything."""
     module = nn.SyncBatchNorm.convert_sync_batchnorm(BNReLUJoin(2, 3))

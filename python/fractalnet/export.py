@@ -81,7 +81,8 @@ def fold(sequential: nn.Sequential) -> nn.Sequential:
     for layer in copy.deepcopy(sequential).eval():
         if isinstance(layer, nn.Dropout):
             continue  # the identity in evaluation
-        if isinstance(layer, nn.BatchNorm2d) and layers and isinstance(layers[-1], nn.Conv2d):
+        has_statistics = isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None
+        if has_statistics and layers and isinstance(layers[-1], nn.Conv2d):
             layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
         else:
             layers.append(layer)
@@ -162,8 +163,9 @@ def _prepare(model: FractalNet | PlainNet, column: int | None, fold: bool) -> tu
         raise ValueError(f"export: expected column None, as a plain network has no columns, got {column!r}")
     else:
         net = model.extract_column(column, fold=fold).eval()
-    weight = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)).weight
-    images = weight.new_zeros(2, weight.shape[1], model.image_size, model.image_size)  # 0 and 1 would be constants
+    first = next(layer for layer in net.modules() if isinstance(layer, nn.Conv2d))
+    shape = (2, first.in_channels, model.image_size, model.image_size)  # 0 and 1 would be constants
+    images = first.weight.new_zeros(shape)
     return net, {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
@@ -256,11 +258,17 @@ def _write(path: str | Path, content: bytes) -> None:
 
 def _describe(layer: nn.Module) -> tuple[str, dict[str, Any]]:
     kind = type(layer).__name__
-    if kind not in _LAYERS:
+    if type(layer) is not getattr(nn, kind, None) or kind not in _LAYERS:
         raise ValueError(f"save_column: expected layers of {', '.join(_LAYERS)}, got {kind}")
     values = {name: getattr(layer, name) for name in _LAYERS[kind]}
     if "bias" in values:
         values["bias"] = values["bias"] is not None
+    with torch.device("meta"):
+        again = vars(_build(kind, values))
+    for name, value in again.items():
+        if not name.startswith("_") and name not in ("training", "inplace") and getattr(layer, name) != value:
+            got = f"{name} {getattr(layer, name)!r}, of which a column's file says nothing"
+            raise ValueError(f"save_column: expected {kind} of {name} {value!r}, got {got}")
     return kind, values
 
 

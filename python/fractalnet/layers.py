@@ -109,14 +109,23 @@ def plain_step(step: ConvBNReLU) -> list[nn.Module]:
     made = {"device": step.conv.weight.device, "dtype": step.conv.weight.dtype}
     names = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"
     conv = nn.Conv2d(*(getattr(step.conv, name) for name in names), bias=step.conv.bias is not None, **made)
-    bn = nn.BatchNorm2d(step.bn.num_features, step.bn.eps, step.bn.momentum, step.bn.affine, **made)
+    norms = "num_features", "eps", "momentum", "affine", "track_running_stats"
+    bn = nn.BatchNorm2d(*(getattr(step.bn, name) for name in norms), **made)
     conv.load_state_dict(step.conv.state_dict())
     bn.load_state_dict(step.bn.state_dict())
     return [conv, bn, nn.ReLU()]
 
 
 def plain_stem(stem: nn.Module) -> list[nn.Module]:
-    """Copies of the stem's layers, also of those that were put in their place; our steps in modules of ``torch.nn``."""
-    layers = [*stem] if type(stem) is nn.Sequential else [stem]
-    plain = (plain_step(layer) if isinstance(layer, ConvBNReLU) else [copy.deepcopy(layer)] for layer in layers)
-    return [layer for copies in plain for layer in copies]
+    """A copy of the stem in modules of ``torch.nn``; steps and pools may be others, or have become Identities."""
+    copies: list[nn.Module] = []
+    for layer in [*stem] if type(stem) is nn.Sequential else [stem]:
+        if type(layer) is ConvBNReLU:
+            copies += plain_step(layer)
+        elif type(layer) is nn.MaxPool2d:
+            copies.append(copy.deepcopy(layer))
+        elif type(layer) is not nn.Identity:
+            raise TypeError(
+                f"export: expected a stem of ConvBNReLU, MaxPool2d and Identity, got {type(layer).__name__}"
+            )
+    return copies
