@@ -34,7 +34,7 @@ def report() -> str:
     for name in backends.NAMES:
         reason = backends.why_not(name)
         lines.append(f"backend {name}: " + (f"unavailable: {reason}" if reason else "available"))
-    lines.append("fused activation: ReLU; beside others (leaky ReLU, SiLU, Mish, ...) only batch norms and joins are")
+    lines.append("fused activation: ReLU; with others (SiLU, Mish, ...) batch norms and joins are fused all the same")
     if torch.cuda.is_available():
         name = backends.automatic(torch.device("cuda"), torch.float32)
         lines.append(f"CUDA device: ops on its tensors use the backend {name!r} unless another is named")
