@@ -1,4 +1,4 @@
-"""What ``fuse`` follows a model with: a tracer that stops at the modules that are looked for, and leaves no trace."""
+"""What ``fuse`` follows a model with: a tracer that stops at what is looked for, and what puts a model back."""
 
 from __future__ import annotations
 
