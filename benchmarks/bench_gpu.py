@@ -5,8 +5,8 @@ come first, since a round has a limit.
 
 A figure is the wall time of REPEATS calls and one wait for them; ``device_ms`` is what the device takes for the same
 calls, replayed as a CUDA graph and timed by events. Nothing flushes the L2 cache between calls: the calls of a kernel,
-and of the copy it is held against, take turns over SETS of tensors, and the tests assert that what is read again was
-followed by at least three times the cache.
+and of the copy it is held against, take turns over sets of tensors, so that what is read again was followed by at least
+three times the cache; a row of fewer bytes is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fractal_kernels.library import Flags
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 K, SHAPE = 3, (256, 64, 56, 56)
-REPEATS, ROUNDS, SETS = 10, 20, 2
+REPEATS, ROUNDS = 10, 20
 WIDE = (64, 512, 28, 28)
 RELU, POOL = int(Flags.RELU_BRANCH), int(Flags.RELU_BRANCH | Flags.POOL_BEFORE)
 MODES = {"compiled": None, "compiled_max": "max-autotune-no-cudagraphs"}  # contenders, and torch.compile's modes
@@ -87,9 +87,14 @@ def device_ms(launch: Callable[[], Any]) -> float:
     return statistics.median(times[WARMUP:])
 
 
-def assert_exceeds_cache(moved: int) -> None:
-    size = torch.cuda.get_device_properties(0).L2_cache_size
-    assert moved >= 3 * size, f"expected a call to move at least 3 times the L2 cache of {size} bytes, got {moved}"
+def flushes(moved: int) -> int:
+    """How many calls that move so many bytes replace what is in the L2 cache: three times its size."""
+    return -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // moved)
+
+
+def skip_within_cache(moved: int) -> None:
+    if flushes(moved) > 1:
+        pytest.skip(f"a call moves {moved} bytes, and a third of them would fit into this GPU's L2 cache")
 
 
 # --- what is timed -----------------------------------------------------------------------------
@@ -230,11 +235,10 @@ def measure(
     shape: tuple[int, ...] = SHAPE,
 ) -> None:
     """One kernel into memory that is there, against a copy of as many bytes into memory that is there."""
-    calls, copies, (moved, *_) = zip(
-        *(launches(kernel, dtype, layout, backend, k, shape) for _ in range(SETS)), strict=True
-    )
-    assert_exceeds_cache((SETS - 1) * moved)
-    call, copy = in_turn(calls), in_turn(copies)
+    sets = [launches(kernel, dtype, layout, backend, k, shape)]
+    moved = sets[0][2]
+    sets += [launches(kernel, dtype, layout, backend, k, shape) for _ in range(flushes(moved))]
+    call, copy = (in_turn(each) for each in [*zip(*sets, strict=True)][:2])
 
     def extra(row: dict[str, Any]) -> dict[str, float]:
         wall = {name: 1e-3 * figures["figure"] / REPEATS for name, figures in row["contenders"].items()}
@@ -300,7 +304,7 @@ def test_against_compile(
 ) -> None:
     """The public functions, in training, against public code of their maths and torch.compile of clean code of it."""
     ys, grad = [filled(dtype, layout).requires_grad_() for _ in range(K)], filled(dtype, layout)
-    assert_exceeds_cache(sum(t.nbytes for t in (*ys, grad)))
+    skip_within_cache(sum(t.nbytes for t in (*ys, grad)))
     functions, norms = joins(op, backend)
     parameters = list(norms.parameters())
     wide = [y.detach().float().requires_grad_() for y in ys]

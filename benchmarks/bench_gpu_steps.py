@@ -255,7 +255,7 @@ class Nets:
                 if name == "eager":  # it draws its masks itself; its forward was held to given ones
                     call(0)
                 else:
-                    for i in range(2):
+                    for i in range(4):  # the compiler's graphs are recorded in the second step
                         self.hold(f"{name}, step {i}", lambda call=call, i=i: call(i), path(i))
                 found[name] = call
             except Exception as error:  # of what others compile; and memory, of what is there beside it

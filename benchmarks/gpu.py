@@ -189,12 +189,18 @@ class Round:
         left = self.deadline - begun
         usual = left if last else LIMITS[stage]
         self.limit = min(self.limits.get(stage, usual), left)
+        said, failed = "stopped", True
         try:
             if self.limit < 2 * GRACE:
                 raise Failed(f"not begun: {max(left, 0):.0f} s of the round were left")
             said, failed = getattr(self, stage)(), False
         except (Failed, ReportError) as error:
             said, failed = str(error), True
+        finally:  # what an interrupt has left of it, too
+            self.note(stage, begun, said, failed)
+        return not failed
+
+    def note(self, stage: str, begun: float, said: str, failed: bool) -> None:
         seconds = time.monotonic() - begun
         self.result["stages"][stage] = {"seconds": round(seconds, 1), "said": said, "failed": failed}
         self.result["stages"][stage]["command"] = self.command
@@ -203,7 +209,6 @@ class Round:
                 file.write(f"===== {stage}: {log.stem}\n{log.read_text(errors='replace') if log.exists() else ''}\n")
         print(f"{stage}: {'failed, ' if failed else ''}{seconds:.0f} s\n{said}\n", flush=True)
         self.keep()
-        return not failed
 
     def keep(self) -> None:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -224,7 +229,7 @@ class Round:
         log = self.log("build")
         major, minor = torch.cuda.get_device_capability()
         mode = {"FRACTAL_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)}
-        mode["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+        mode["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"  # an image's own list may be long: none is in time for it
         finish([start(["setup.py", "-q", "build_ext", "--inplace"], log, **mode)], [log], self.limit - GRACE)
         before = log.stat().st_size
         finish([start(["-m", "fractal_kernels.info"], log)], [log], GRACE)
@@ -362,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: PyTorch sees no CUDA device; --dry-run collects what would run", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends as an interrupt does
     options.results.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     this = Round(options.results, options.processes, deadline, options.select, options.tests)

@@ -204,6 +204,9 @@ def _known(op: str, argument: str, name: object) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every op inside the ``with`` block, in this thread, on this backend.
 
+    What ``torch.utils.checkpoint`` computes again in backward runs, on a GPU, in a thread of PyTorch's: it takes
+    ``context_fn=lambda: (nullcontext(), use_backend(name))``; or name the backend by argument or environment.
+
     Args:
         name: one of the backends of :func:`available_backends`.
     Raises:

@@ -21,6 +21,11 @@ from .schedule import plan, schedule
 _OPS = torch.ops.fractal_kernels
 
 
+def _of(op: Any, x: Tensor, path: Tensor) -> Any:
+    """The overload of a block's operator for this path."""
+    return op.default if path.device == x.device else op.host
+
+
 class BlockOutput(NamedTuple):
     """``out``; and in training per unit: ``counts`` [U], the number of values that its statistics ran over (0: it is
     dead), their ``mean`` and biased ``var`` [U, K] (0 where dead, unless it ran all the same: ``dense``)."""
@@ -77,7 +82,7 @@ class _Block(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:17]
         (dense, live, dropout, eps, flags, save, fixed, backend, group), weights = options, args[17:]
-        out, count, batch_mean, batch_var, *saved = _OPS.block_forward.default(
+        out, count, batch_mean, batch_var, *saved = _of(_OPS.block_forward, x, path)(
             x,
             list(weights),
             conv_bias,
@@ -115,7 +120,7 @@ class _Block(torch.autograd.Function):
         x, path, _, gamma, beta, mean, var, count, *rest = ctx.saved_tensors
         weights, saved = rest[: ctx.rows], rest[ctx.rows :]
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[16:]]
-        dx, *dweights, dconv_bias, dgamma, dbeta = _OPS.block_backward.default(
+        dx, *dweights, dconv_bias, dgamma, dbeta = _of(_OPS.block_backward, x, path)(
             grad,
             x,
             weights,

@@ -6,7 +6,9 @@ else has the outputs (``donated``), their gradients take their place in memory. 
 of row r+1 alone, so backward has nothing to accumulate but a row that was split.
 Every segment of the batch (``block_rows``) goes through this with its own tensors; statistics and gradients of
 parameters are added over segments.
-The path is data: under torch.compile the operators are opaque and take it as a small CPU tensor.
+The path is data: under torch.compile the operators are opaque and take it as a small tensor. One on the host chooses
+what runs, which a CUDA graph of the compiler's would keep as it was: of such paths the overload is ``host``, which is
+tagged to stay out of them.
 """
 
 from __future__ import annotations
@@ -31,20 +33,24 @@ def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
     return [() if t is None else t.unbind() for t in vectors]
 
 
-_LIB.define(
-    "block_forward(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta, Tensor? mean,"
-    " Tensor? var, Tensor path, bool dense, Tensor? live, float dropout, float eps, int flags, bool save, bool fixed,"
-    " str backend, str group)"
-    " -> Tensor[]"
-)
-_LIB.define(
-    "block_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var,"
-    " Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool[] needs, bool dense,"
-    " float dropout, float eps, int flags, bool fixed, str backend, str group, bool donated=False) -> Tensor[]"
-)
+for _overload, _tags in (("", ()), (".host", (torch.Tag.cudagraph_unsafe,))):
+    _LIB.define(
+        f"block_forward{_overload}(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta,"
+        " Tensor? mean, Tensor? var, Tensor path, bool dense, Tensor? live, float dropout, float eps, int flags,"
+        " bool save, bool fixed, str backend, str group) -> Tensor[]",
+        tags=_tags,
+    )
+    _LIB.define(
+        f"block_backward{_overload}(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean,"
+        " Tensor var, Tensor count, Tensor path, Tensor[] saved, bool conv_bias, bool batch_stats, bool[] needs,"
+        " bool dense, float dropout, float eps, int flags, bool fixed, str backend, str group, bool donated=False)"
+        " -> Tensor[]",
+        tags=_tags,
+    )
 
 
 @torch.library.impl(_LIB, "block_forward", "CompositeExplicitAutograd")
+@torch.library.impl(_LIB, "block_forward.host", "CompositeExplicitAutograd")
 def _block_forward(
     x: Tensor,
     weights: list[Tensor],
@@ -127,6 +133,7 @@ def _block_forward(
 
 
 @torch.library.impl(_LIB, "block_backward", "CompositeExplicitAutograd")
+@torch.library.impl(_LIB, "block_backward.host", "CompositeExplicitAutograd")
 def _block_backward(
     grad: Tensor,
     x: Tensor,
@@ -162,7 +169,7 @@ def _block_backward(
     our_convs = not conv_bias and cpu_conv.computes(x.dtype, channels, backend)
     rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", our_convs)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
-    joins, outputs, noises = _unpack(rows, weights, saved, bool(dropout) and batch_stats, fixed)
+    joins, outputs, noises = rows.unpack(weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
     dys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
@@ -301,30 +308,8 @@ def _source(
     return source
 
 
-def _unpack(
-    rows: Rows, weights: list[Tensor], saved: list[Tensor], noisy: bool, fixed: bool
-) -> tuple[list[Tensor], list[list[tuple[Conv, Tensor]]], list[list[Tensor | None]]]:
-    """Joins by row, convs with their outputs by row, dropout masks by row, from what block_forward returned."""
-    items = iter(saved)
-    kept = [rows.keeps_join(r) and (fixed or bool(rows.joins(r))) for r in range(rows.rows)]
-    joins = [next(items) if there else weights[0] for there in kept]
-    outputs = []
-    noises: list[list[Tensor | None]] = []
-    for row in range(rows.rows):
-        convs = rows.convs(row, weights)
-        parts: list[list[Tensor]] = []
-        for _ in range(2 if noisy else 1):
-            if fixed:
-                full = next(items)
-                parts.append([rows.in_fixed(full, conv) for conv in convs])
-            else:
-                parts.append([next(items) for _ in convs])
-        outputs.append(list(zip(convs, parts[0], strict=True)))
-        noises.append([*parts[1]] if noisy else [None] * len(convs))
-    return joins, outputs, noises
-
-
 @torch.library.register_fake("fractal_kernels::block_forward", lib=_LIB)
+@torch.library.register_fake("fractal_kernels::block_forward.host", lib=_LIB)
 def _block_forward_fake(
     x: Tensor,
     weights: list[Tensor],
@@ -366,6 +351,7 @@ def _block_forward_fake(
 
 
 @torch.library.register_fake("fractal_kernels::block_backward", lib=_LIB)
+@torch.library.register_fake("fractal_kernels::block_backward.host", lib=_LIB)
 def _block_backward_fake(
     grad: Tensor,
     x: Tensor,

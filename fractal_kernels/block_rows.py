@@ -227,6 +227,28 @@ class Rows:
     def in_fixed(self, full: Tensor, conv: Conv) -> Tensor:
         return conv.part(full).narrow(1, self.offset(conv.group), len(conv.group) * self.channels)
 
+    def unpack(
+        self, weights: list[Tensor], saved: list[Tensor], noisy: bool, fixed: bool
+    ) -> tuple[list[Tensor], list[list[tuple[Conv, Tensor]]], list[list[Tensor | None]]]:
+        """Joins by row, convs with their outputs by row, dropout masks by row, from what forward has saved."""
+        items = iter(saved)
+        kept = [self.keeps_join(r) and (fixed or bool(self.joins(r))) for r in range(self.rows)]
+        joins = [next(items) if there else weights[0] for there in kept]
+        outputs = []
+        noises: list[list[Tensor | None]] = []
+        for row in range(self.rows):
+            convs = self.convs(row, weights)
+            parts: list[list[Tensor]] = []
+            for _ in range(2 if noisy else 1):
+                if fixed:
+                    full = next(items)
+                    parts.append([self.in_fixed(full, conv) for conv in convs])
+                else:
+                    parts.append([next(items) for _ in convs])
+            outputs.append(list(zip(convs, parts[0], strict=True)))
+            noises.append([*parts[1]] if noisy else [None] * len(convs))
+        return joins, outputs, noises
+
     def unit_masks(self, conv: Conv) -> Tensor | None:
         """[n, size], whether each unit of a conv lives in each of its samples; None: they all do."""
         parts = [self.segments[i] for i in conv.segments]

@@ -16,8 +16,8 @@ from fractal_kernels import block_ops
 
 _OPS = torch.ops.fractal_kernels
 INSIDE = {
-    _OPS.block_forward.default: block_ops._block_forward,
-    _OPS.block_backward.default: block_ops._block_backward,
+    _OPS.block_forward: block_ops._block_forward,
+    _OPS.block_backward: block_ops._block_backward,
 }
 
 
@@ -26,9 +26,9 @@ class Inside(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in INSIDE:
+        if inside := INSIDE.get(func.overloadpacket):
             with self:
-                return INSIDE[func](*args, **kwargs)
+                return inside(*args, **kwargs)
         out = func(*args, **kwargs)
         self.see(func, args, kwargs, out)
         return out

@@ -373,12 +373,12 @@ def test_opcheck(cpu_backend):
     x, vector = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.rand(3, 2) + 0.5
     weights = [w.to(memory_format=torch.channels_last) for w in s]
     path = full_path(1, 2).keep[0]
-    forward = torch.ops.fractal_kernels.block_forward
+    forward = torch.ops.fractal_kernels.block_forward.default
     options = (0.0, 1e-5, 10)
     arguments = (x, weights, None, vector, vector, None, None, path, False, None, *options, True, True, cpu_backend, "")
     torch.library.opcheck(forward, arguments)
     out, count, mean, var, *saved = forward(*arguments)
-    backward = torch.ops.fractal_kernels.block_backward
+    backward = torch.ops.fractal_kernels.block_backward.default
     for needs in ([True, True, True], [False, True, False], [False, False, False]):
         tail = (False, True, needs, False, *options, True, cpu_backend, "")
         torch.library.opcheck(

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from cases import Case, Data, draw
+from fractalnet import FractalNet, Path
+from fractalnet.drop_path import full_path
+from functorch.compile import make_boxed_compiler
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fractal_kernels import (
@@ -22,6 +26,7 @@ from fractal_kernels import (
     conv_bn_relu,
     fractal_block,
     masked_mean_join,
+    use_backend,
 )
 from fractal_kernels.library import Flags
 
@@ -216,7 +221,29 @@ def test_a_block_of_one_channel_with_dropout():
     """Where one channel is contiguous in any layout, what is saved is as the fake says all the same."""
     path = torch.ones(1, 1, dtype=torch.bool)
     arguments = (torch.randn(2, 1, 4, 4), [torch.randn(4, 1, 3, 3)], *[None] * 5, path, False, None, 0.3, 1e-5, 10)
-    torch.library.opcheck(OPS.block_forward, (*arguments, True, True, "cpu", ""), test_utils="test_faketensor")
+    torch.library.opcheck(OPS.block_forward.default, (*arguments, True, True, "cpu", ""), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("where", ["the host", "the device", "evaluation"])
+def test_graphs_of_the_compiler_have_no_path_of_the_host(where):
+    """CUDA graphs, which would replay the path they were recorded with: an operator with the tag stays out of them."""
+    targets = []
+
+    @make_boxed_compiler
+    def note(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        targets.extend(node.target for node in graph.graph.nodes if "fractal_kernels" in str(node.target))
+        return graph.forward
+
+    with torch.device("meta"):
+        net, x = FractalNet(10, 2, (4,), image_size=8), torch.empty(2, 3, 8, 8)
+    path = Path(full_path(1, 2).keep.to("cpu" if where == "the host" else "meta"))
+    options = {} if where == "evaluation" else {"path": path, "dense": where == "the device"}
+    compiler = aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiled = torch.compile(net.train(where != "evaluation"), backend=compiler, fullgraph=True)
+    with use_backend("reference"):
+        compiled(x, **options).sum().backward()
+    assert [target.name().split("::")[1].split(".")[0] for target in targets] == ["block_forward", "block_backward"]
+    assert all((torch.Tag.cudagraph_unsafe in target.tags) == (where == "the host") for target in targets)
 
 
 def test_a_changing_image_compiles_once():

@@ -37,6 +37,16 @@ def test_the_networks_rates_move_with_its_steps():
     assert sum(kept[40:]) < sum(kept[:19])
 
 
+def test_no_path_is_sampled_into_a_graph(monkeypatch):
+    """Which would keep it."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    net, x = small().train(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="expected a path, got a CUDA graph capture"):
+        net(x)
+    assert net.path_step == 0 and net(x, path=full_path(len(net.blocks), net.columns)).isfinite().all()
+
+
 def test_draws_of_zero(monkeypatch):
     """Numbers are from [0, 1): zeros drop nothing at rate 0, and revive at rate 1 what ends in a row."""
     monkeypatch.setattr(torch, "rand", lambda size, **_: torch.zeros(size))

@@ -37,6 +37,10 @@ def add_group(optimizer):
     optimizer.add_param_group({"params": [moved], "lr": 2**-3})
 
 
+def freeze_statistics(optimizer):
+    NET[0].blocks[1].eval()
+
+
 def freeze(optimizer):
     optimizer.param_groups[0]["params"][-1].requires_grad_(False)
 
@@ -46,13 +50,18 @@ def replace_moment(optimizer):
     entry["momentum_buffer"] = torch.zeros_like(entry["momentum_buffer"])
 
 
-@pytest.mark.parametrize("change", [load, load_twice, clear, set_momentum, add_group, freeze, replace_moment])
+NET = []  # of the test that runs
+CHANGES = [load, load_twice, clear, set_momentum, add_group, freeze, freeze_statistics, replace_moment]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("on", ["twin", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 def test_what_changes_of_the_optimizer_is_captured_anew(change, on):
     results = []
     device, dtype = ("cuda", torch.float32) if on == "cuda" else ("cpu", torch.float64)
     for graphed in (False, True):
         net, optimizer, work, state = build(NETS["fused"], device, dtype)
+        NET[:] = [net]
         twin = Twin(state) if on == "twin" else None
         step = GraphedStep(net, optimizer, work, capturer=twin, warmup=1) if graphed else ordinary(work)
         losses, path = [], column_path(2, 3, 1)

@@ -130,6 +130,34 @@ def test_a_stage_without_time_is_not_begun(tmp_path, monkeypatch):
     assert this.run("steps", last=True) and this.result["stages"]["steps"]["said"] == "measured"
 
 
+def test_what_an_interrupt_leaves_is_written(tmp_path, monkeypatch):
+    """The rows of the stage that it ended, and that it did."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 90000)
+    monkeypatch.setattr(gpu, "rates", dict)
+    this = gpu.Round(tmp_path, 1, time.monotonic() + 60)
+
+    def interrupted(*_):
+        (this.scratch / "steps.jsonl").write_text(json.dumps({"what": "a step", "test": "a"}) + "\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "start", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        this.run("steps", last=True)
+    written = json.loads(this.path.read_text())
+    assert [row["what"] for row in written["rows"]] == ["a step"]
+    assert written["stages"]["steps"]["failed"] and written["stages"]["steps"]["said"] == "stopped"
+
+
+@pytest.mark.parametrize(("shard", "code"), [("0/1", pytest.ExitCode.NO_TESTS_COLLECTED), ("1/2", pytest.ExitCode.OK)])
+def test_a_process_that_no_test_is_left_for(shard, code, tmp_path):
+    """Of several it is none of a failure; a suite without tests is."""
+    suite = [*gpu.PYTEST, "tests/test_rounds.py", "-k", "of_no_such_name", "--shard", shard]
+    process = gpu.start(suite, tmp_path / "log.txt")
+    assert process.wait(120) == code, (tmp_path / "log.txt").read_text()
+
+
 def test_what_counts_as_passed_and_what_comes_first(tmp_path):
     """A test whose teardown fails, where a device's errors show, has not passed; what no expression has comes last."""
     (tmp_path / "test_suite.py").write_text(

@@ -54,7 +54,8 @@ class _Cuda:
         return out
 
     def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self.device)
         # cuBLAS keeps a workspace per stream. One from before the capture could be freed while replays use it (graphs
         # of torch.compile free all of them), so the graph gets one of its own pool, and nobody else does.
         torch._C._cuda_clearCublasWorkspaces()
@@ -63,7 +64,7 @@ class _Cuda:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 out = call()
         except BaseException:
-            self._recover(current)
+            self._recover(current, before)
             raise
         finally:
             torch._C._cuda_clearCublasWorkspaces()
@@ -72,14 +73,15 @@ class _Cuda:
     def forget(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()  # a pool all of whose graphs are gone takes no others
 
-    def _recover(self, current: torch.cuda.Stream) -> None:
-        """What PyTorch leaves open when the end of a capture fails: the stream, the pool, the generator."""
+    def _recover(self, current: torch.cuda.Stream, before: torch.cuda.Stream) -> None:
+        """What PyTorch leaves open when the end of a capture fails: the stream, the device, the pool, the generator."""
         torch.cuda.set_stream(current)
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
         with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
             torch.zeros((), device=self.device)
-        torch.cuda.set_stream(current)
+        for stream in (current, before):  # the last one's device is current
+            torch.cuda.set_stream(stream)
 
 
 class _Graph:
@@ -125,15 +127,17 @@ class GraphedStep:
             mode, on a CUDA device. Its tensors stay where they are: values may be loaded into them, ``net.to`` must not
             be called.
         optimizer: the one that ``work`` steps: ``fused=True``. Its learning rates may change from step to step; after
-            another setting or state, with other parameters, or where others require gradients, its steps are captured
-            anew. What changes a setting every few steps (OneCycleLR the momentum, say) leaves nothing to replay.
+            another setting or state, with other parameters, or where others require gradients or other modules are in
+            evaluation mode, its steps are captured anew. What changes a setting every few steps (OneCycleLR the
+            momentum, say) leaves nothing to replay.
         work: ``work(x, y, path, dense)`` does all of a step on the device and returns the loss, a tensor: it calls
             ``net(x, path=path, dense=dense)``, the backward, the optimizer, and sets the gradients to None. The host's
             part of it (counters, schedules, printing) would run when it is captured, and never again.
         warmup: ordinary steps of a kind before it is captured.
         capturer: what records and replays; None: CUDA.
     Returns:
-        ``step(x, y, path=None)`` returns the loss, a tensor of its own. Without a path one is sampled.
+        ``step(x, y, path=None)`` returns the loss, a tensor of its own. Without a path one is sampled. x and y may be
+        on the host: from pinned memory, which must stay as it is until the device has read it, nobody waits.
     Raises:
         ValueError: warmup is not a whole number >= 1.
     Memory:
@@ -174,6 +178,7 @@ class GraphedStep:
         self._recorded: object = None
         self._state: object = None
         self._params: list[list[Tensor]] = []
+        self._modules = list(net.modules())
         self._of_each: list[dict[str, Any]] = []  # of the optimizer's state
         self._moments: list[tuple[dict[str, Any], str, Tensor]] = []
         self._in_vain = self._replays = 0  # starts anew that came too soon; replays since the last one
@@ -212,8 +217,8 @@ class GraphedStep:
         return graph.out.clone()
 
     def _settings(self) -> list[object]:
-        """What a capture records of the optimizer, but for the learning rates and its state."""
-        trained = [p.requires_grad for p in self.net.parameters()]
+        """What a capture records of the optimizer, but for the learning rates and its state, and of the network."""
+        trained = [*(p.requires_grad for p in self.net.parameters()), *(m.training for m in self._modules)]
         varying = ("params", "lr", "initial_lr")
         groups = self.optimizer.param_groups
         return [trained, *((*map(id, g["params"]), *(v for k, v in g.items() if k not in varying)) for g in groups)]

@@ -206,6 +206,11 @@ class FractalNet(nn.Module, Hub):
         ``state_dict`` keeps: a training that is resumed goes on with the same paths. Paths for the batch are the same
         on all ranks of a data-parallel job, whatever else their generators draw; paths per sample differ.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "FractalNet: expected a path, got a CUDA graph capture, which would keep the path sampled now; "
+                "fractalnet.GraphedStep captures training steps"
+            )
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "FractalNet: expected torch.nn.parallel.DistributedDataParallel, or a path given, got a replica of "
@@ -281,8 +286,9 @@ class FractalNet(nn.Module, Hub):
             raise TypeError(f"FractalNet: expected path None or a fractalnet.Path, got {type(path).__name__}")
         if path is None and not self.training:
             path = drop_path.full_path(len(self.blocks), self.columns)
-            if torch.compiler.is_compiling() and any(self._composed):
-                dense = True  # the same, since nothing is dropped, and without a look at the path: one graph
+            if torch.compiler.is_compiling() and (any(self._composed) or x.device.type != "cpu"):
+                # The same, since nothing is dropped, and without a look at the path: one graph, CUDA's too.
+                path.keep, dense = path.keep.to(x.device), True
         elif path is None:
             if tool := foreign_tool():
                 raise RuntimeError(
