@@ -207,6 +207,16 @@ def test_fused_average_pool(pool_order, kind):
 COMPOSED = {"activation": "silu", "column_widths": (1, 1 / 2, 1 / 4), "kernel_mix": 0.5}
 
 
+def test_paths_per_sample_are_one_graph_of_the_compiler():
+    """What runs does not depend on them."""
+    torch.manual_seed(0)
+    net = FractalNet(5, 2, (4,), image_size=8, granularity="sample", activation="silu").double()
+    compiled = torch.compile(copy.deepcopy(net), backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    for path in (net.sample_path(6), net.sample_path(6)):
+        torch.testing.assert_close(compiled(x, path=path), net(x, path=path))
+
+
 def test_skipping_equals_dense():
     """Loss, gradients (zeros where dead) and statistics of a whole network, over the drop-path mixture."""
     net = FractalNet(5, 3, (4, 8), image_size=8, **COMPOSED).double()

@@ -25,6 +25,7 @@ NETS = {
     "per sample": {"columns": 3, "channels": (8, 8), "granularity": "sample"},
     "all statistics": {"columns": 2, "channels": (8,), "granularity": "sample", "stats": "all"},
     "composed": {"columns": 3, "channels": (8, 16), "column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5},
+    "composed per sample": {"columns": 3, "channels": (8,), "column_widths": (1, 1, 0.5), "granularity": "sample"},
     "composed cumulative": {"columns": 3, "channels": (8,), "activation": "silu", "momentum": None},
 }
 
@@ -311,7 +312,6 @@ def test_a_capture_that_fails_is_said_once_and_steps_go_on():
         ({}, True, "CUDA graphs need a CUDA device, and the network is on cpu"),
         ({"columns": 2}, False, "expected SGD(fused=True)"),
         ({"global_mode": "tied"}, True, '"tied" draws its path'),
-        ({"granularity": "sample", "activation": "silu"}, True, "composed"),
     ],
 )
 def test_what_cannot_be_captured_says_why(options, fused, words, monkeypatch):

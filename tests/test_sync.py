@@ -57,11 +57,10 @@ def network(kind):
     torch.manual_seed(0)
     if kind == "joined":
         return Joined().double()
-    sample = kind in ("sample", "ranges", "one each")
+    sample = kind in ("sample", "ranges", "one each", "silu one each")
     options = {"granularity": "sample" if sample else "batch", "momentum": 0.3 if kind == "full" else None}
-    options |= {"composed": {"column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5}, "silu": {"activation": "silu"}}.get(
-        kind, {}
-    )
+    composed = {"composed": {"column_widths": (1, 0.5, 0.5), "kernel_mix": 0.5}}
+    options |= composed.get(kind, {"activation": "silu"} if "silu" in kind else {})
     return fractalnet.FractalNet(7, 3, (4, 6), image_size=8, **options).double()
 
 
@@ -75,7 +74,7 @@ def path_of(kind):
         ratio = 0.0 if kind == "sample" else 0.75
         path = sample_path(2, 3, N, local_drop=0.4, global_ratio=ratio, granularity="sample", generator=generator)
         return lambda first, last: Path(path.keep[..., first:last])
-    if kind == "one each":  # the ranks' samples each keep one column, and not the same one
+    if "one each" in kind:  # the ranks' samples each keep one column, and not the same one
         keep = torch.cat([column_path(2, 3, c).keep.unsqueeze(3) for c in (2,) * 5 + (0,) * 3], 3)
         return lambda first, last: Path(keep[..., first:last])
     path = {
@@ -116,6 +115,7 @@ def both(rank, folder, kinds):
 
 
 KINDS = ("joined", "full", "column", "local", "dense", "sample", "ranges", "one each", "composed", "silu")
+KINDS += ("silu one each",)
 
 
 @pytest.fixture(scope="module")
@@ -215,12 +215,5 @@ def test_errors():
     net = network("full")
     with pytest.raises(ValueError, match="sync_batch_norm: expected torch.distributed to be initialised"):
         net.sync_batch_norm()
-    composed = fractalnet.FractalNet(7, 2, (4,), image_size=8, activation="silu", granularity="sample")
-    expected = "sync_batch_norm: expected fused blocks for paths per sample, got block 0: composed"
-    with pytest.raises(ValueError, match=expected):
-        composed.sync_batch_norm()
-    composed.blocks[0].sync_group = "elsewhere"
-    with pytest.raises(ValueError, match="ComposedBlock: expected a path for the batch .*, got one per sample"):
-        composed(torch.randn(2, 3, 8, 8))
     with pytest.raises(TypeError, match="bn_relu: expected group None or a torch.distributed.ProcessGroup, got str"):
         fk.bn_relu(torch.randn(2, 3, 4, 4), None, None, None, None, True, group="world")

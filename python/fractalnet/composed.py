@@ -182,28 +182,18 @@ class ComposedBlock(Block):
         """``keep`` [R, C] or [R, C, N], ``alone`` as in :class:`Path`; ``live`` as in ``fractal_block``.
 
         Per batch only live units run, or with ``dense`` all, masked: then ``keep`` may be on the device, where the host
-        does not look at it. Per sample each unit runs on the samples for which it lives: its statistics are theirs, and
-        ``dense`` changes nothing.
+        does not look at it. Per sample all run, masked, and a unit's statistics are of the samples for which it lives.
         """
         self._check(x, keep)
-        run = self._run if dense and keep.dim() == 2 else self._uncompiled
+        run = self._run if dense or keep.dim() == 3 else self._uncompiled
         return run(x, keep, alone, dense, live)
 
     def _run(self, x: Tensor, keep: Tensor, alone: Tensor, dense: bool, known: Tensor | None) -> Tensor:
         live: list[Tensor] | None = None
-        indices: dict[int, Tensor] = {}
-        if keep.dim() == 3:
-            here = live_units(self.schedule, keep.cpu())
-            runs = {i for i, samples in enumerate(here) if bool(samples.any()) or not len(samples)}
-            joins = [tuple(u for u in ends if u.id in runs) for ends in self.schedule.ends]
-            some = {i: here[i].nonzero().squeeze(1) for i in runs if not bool(here[i].all())}
-            if some:  # one copy, and one that the host does not ask to wait for
-                copied = torch.cat([*some.values()]).to(x.device, non_blocking=True)
-                indices = dict(zip(some, copied.split([len(i) for i in some.values()]), strict=True))
-            live = list(torch.stack(here).to(x.device, non_blocking=True))
-        elif dense:
+        if dense or keep.dim() == 3:
             runs, joins = {u.id for u in self.schedule.units}, self.schedule.ends
             keep = keep.to(x.device, non_blocking=True)
+            live = live_units(self.schedule, keep) if keep.dim() == 3 else None
         else:
             chosen = plan(self.columns, tuple(keep.flatten().tolist()))
             runs, joins = set(chosen.units), chosen.joins
@@ -215,7 +205,7 @@ class ComposedBlock(Block):
         split = [None if v is None else parts(v, self.sizes) for v in (self.gamma, self.beta, self.conv_bias)]
         split += [v.split(self.sizes) for v in taken]
         views = {u.id: self._views(u, split) for u in self.schedule.units if u.id in runs}
-        groups = [self._groups([u for u in row if u.id in runs], views, indices, x) for row in self.schedule.starts]
+        groups = [self._groups([u for u in row if u.id in runs], views, x) for row in self.schedule.starts]
         keeps = bool(tool) or torch.is_grad_enabled()  # casts, for backward; else those of a row are gone with it
         weights = self._weights(groups, views, x) if keeps else {}
         branches: dict[int, Tensor] = {}
@@ -225,16 +215,12 @@ class ComposedBlock(Block):
                 weights = self._weights(groups[row : row + 1], views, x)
             with recomputed(out):
                 for group in groups[row]:
-                    samples, units = indices.get(group[0].id), [views[u.id] for u in group]
-                    ys = self._convs(
-                        out if samples is None else out.index_select(0, samples),
-                        units,
-                        *(weights[kind, group[0].id] for kind in KINDS),
-                    )
+                    ys = self._convs(out, [views[u.id] for u in group], *(weights[kind, group[0].id] for kind in KINDS))
                     for unit in group:
                         own = views[unit.id]._replace(projection=weights["projection", unit.id])
                         pooled = self.pool == "before" and unit.end == len(joins) - 1
-                        branches[unit.id] = self._branch(ys.pop(0), own, samples, x.shape[0], pooled)
+                        samples = None if live is None else live[unit.id]
+                        branches[unit.id] = self._branch(ys.pop(0), own, samples, pooled)
             if joined:
                 mask = None
                 if keep.dim() == 3:
@@ -242,21 +228,15 @@ class ComposedBlock(Block):
                 elif dense:
                     mask = keep[row, joined[0].column :]
                 out = self._join([branches.pop(u.id) for u in joined], mask, last=row == len(joins) - 1)
-            elif row == len(joins) - 1 or any(u.id in runs for u in self.schedule.starts[row + 1]):
-                ends = self.schedule.ends[row]  # nothing is kept for any sample, and somebody reads it
-                zeros = x.new_zeros(x.shape[0], max(self.widths[u.column] for u in ends), *x.shape[2:])
-                out = F.max_pool2d(zeros, 2) if row == len(joins) - 1 and self.pool in ("before", "after") else zeros
         if self.training:
             with torch.no_grad():
                 ran = self.known(keep, dense, known, x.shape[0] * x.shape[2] * x.shape[3])
                 if ran is None:
                     if keep.dim() == 2 and dense:
                         live = live_units(self.schedule, keep)
-                    whole = self.sync_group is None and keep.dim() == 2
-                    count = self._count(x, runs, live, x.shape[0] if whole else 1)
+                    count = self._count(x, runs, live, x.shape[0] if keep.dim() == 2 else 1)
                     if self.sync_group is not None:
-                        group = sync.name_of("FractalNet", self.sync_group)
-                        count *= sync.add(count.new_full((1,), x.shape[0]), group)
+                        count = sync.add(count, sync.name_of("FractalNet", self.sync_group))
                     ran = count > 1
                 self.track(ran, *taken, alone)
         unused = [p for i, p in enumerate(self.weights) if i not in runs]
@@ -271,10 +251,6 @@ class ComposedBlock(Block):
             raise ValueError(
                 f"ComposedBlock: expected x of shape [N, {self.in_channels}, H, W], H and W >= 2 for pooling, "
                 f"got {list(x.shape)}"
-            )
-        if self.training and self.sync_group is not None and keep.dim() == 3:  # ranks would run other units
-            raise ValueError(
-                "ComposedBlock: expected a path for the batch where batch norms are synchronised, got one per sample"
             )
         if self.training and self.sync_group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             raise ValueError(
@@ -297,15 +273,13 @@ class ComposedBlock(Block):
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 
-    def _groups(
-        self, units: list[Unit], views: dict[int, UnitViews], indices: dict[int, Tensor], x: Tensor
-    ) -> list[list[Unit]]:
-        """Units of a row whose convolutions run as one: that read all samples and train, or do not."""
+    def _groups(self, units: list[Unit], views: dict[int, UnitViews], x: Tensor) -> list[list[Unit]]:
+        """Units of a row whose convolutions run as one: that train, or do not."""
         found: dict[object, list[Unit]] = {}
         for unit in units:
             weight, mixed = views[unit.id].weight, views[unit.id].weight_1x1
             trained = weight.requires_grad, mixed is not None and mixed.requires_grad
-            alone = unit.id in indices or not _are_wide(weight, _cast_to(x, weight))
+            alone = not _are_wide(weight, _cast_to(x, weight))
             found.setdefault(unit.id if alone else trained, []).append(unit)
         return list(found.values())
 
@@ -339,17 +313,16 @@ class ComposedBlock(Block):
         parts = [y] if len(units) == 1 else y.split(sizes, 1)
         return [torch.cat([y, part], 1) if size else y for y, part, size in zip(ys, parts, sizes, strict=True)]
 
-    def _branch(self, y: Tensor, unit: UnitViews, samples: Tensor | None, batch: int, pooled: bool) -> Tensor:
-        """One unit from its convolution's output up to its join, on some samples of the batch (None: all); the others
-        are zeros."""
+    def _branch(self, y: Tensor, unit: UnitViews, live: Tensor | None, pooled: bool) -> Tensor:
+        """One unit from its convolution's output up to its join; its statistics run over samples that are ``live``."""
         if unit.conv_bias is not None:
             y = y + unit.conv_bias.to(y.dtype).view(-1, 1, 1)
         if rate := self.rate("conv"):
             y = F.dropout(y, rate, self.training)
         rate = self.rate("activation")
-        relu = self.activation == "relu" and samples is None
+        relu = self.activation == "relu"
         at_once = relu and pooled and unit.projection is None and not rate
-        y = self._norm(y, unit) if samples is not None else self._fused_norm(y, unit, relu, at_once)
+        y = self._norm(y, unit, live, relu, at_once)
         if not relu:
             with recomputed(y):
                 y = self.act(y)
@@ -362,25 +335,15 @@ class ComposedBlock(Block):
                 y = conv2d_1x1_pooled(y, weight, backend) if pooled else F.conv2d(y, weight)
         elif pooled and not at_once:
             y = masked_mean_join([y], pool="before")
-        if samples is None:
-            return y
-        zeros = y.new_zeros(batch, *y.shape[2:], y.shape[1]).permute(0, 3, 1, 2)
-        return zeros.index_copy(0, samples, y)
+        return y
 
-    def _fused_norm(self, y: Tensor, unit: UnitViews, relu: bool, pooled: bool) -> Tensor:
+    def _norm(self, y: Tensor, unit: UnitViews, live: Tensor | None, relu: bool, pooled: bool) -> Tensor:
         """Batch norm, ReLU and max-pool; in training the unit's statistics become the batch's (momentum 1), the
         variance unbiased."""
         vectors = ([v] for v in (unit.gamma, unit.beta, unit.running_mean, unit.running_var))
-        options = {"activation": "branch" if relu else "none", "pool": "before" if pooled else None}
-        return bn_relu_join([y], *vectors, None, self.training, 1.0, self.eps, group=self.sync_group, **options)
-
-    def _norm(self, y: Tensor, unit: UnitViews) -> Tensor:
-        """The same on some samples: not the fused one nor F.batch_norm, which refuse one value per channel, and a
-        sample's path may leave a unit no more than that."""
-        stats = (unit.running_mean, unit.running_var)
-        if self.training:  # it saves them, unread; those of other units beside them in memory are still to be written
-            stats = tuple(t.data for t in stats)
-        return torch.batch_norm(y, unit.gamma, unit.beta, *stats, self.training, 1.0, self.eps, True)
+        options = {"activation": "branch" if relu else "none", "pool": "before" if pooled else None, "stats": "live"}
+        mask = None if live is None else live.unsqueeze(0)
+        return bn_relu_join([y], *vectors, mask, self.training, 1.0, self.eps, group=self.sync_group, **options)
 
     def _join(self, branches: list[Tensor], mask: Tensor | None, last: bool) -> Tensor:
         out = branches[0] if len(branches) == 1 and mask is None else masked_mean_join(branches, mask)

@@ -317,6 +317,4 @@ def _problem(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.dev
     if isinstance(net, FractalNet):
         if net.global_mode == "tied":
             return 'global_mode "tied" draws its path inside the step'
-        if net.granularity == "sample" and any(reasons for reasons in net._composed):
-            return f"paths per sample choose the samples of composed blocks on the host: {net.info()}"
     return ""

@@ -245,11 +245,8 @@ class FractalNet(nn.Module, Hub):
         :func:`fractal_kernels.sync_batch_norm`.
 
         Raises:
-            ValueError: torch.distributed is not initialised, or a block is composed and paths are per sample: each rank
-                would run other units of it.
+            ValueError: torch.distributed is not initialised.
         """
-        if any(self._composed) and self.granularity == "sample":
-            raise ValueError(f"sync_batch_norm: expected fused blocks for paths per sample, got {self.info()}")
         sync_batch_norm(self, group)
 
     def get_extra_state(self) -> Tensor:
