@@ -159,22 +159,23 @@ class Grid(nn.Module):
         self.head = nn.Linear(channels[-1], num_classes)
 
     def load_from(self, model: nn.Module) -> None:
-        """Copies weights and running statistics (set 0) from a `fractalnet.FractalNet`."""
+        """Copies weights and the running statistics of the full network from a `fractalnet.FractalNet`."""
         pairs = [(self.head.weight, model.head.weight), (self.head.bias, model.head.bias)]
         norms = [(self.stem[1], model.stem[0].bn)] if len(list(self.stem.children())) else []
         pairs += [(self.stem[0].weight, model.stem[0].conv.weight)] if norms else []
         for b, block in enumerate(self.blocks):
             for c, column in enumerate(block.grid):
                 for j, cell in enumerate(column):
-                    unit = model.blocks[b].unit(c, j)
+                    theirs = model.blocks[b]
+                    unit = theirs.unit(c, j, theirs.set_of(c, j, 0))
                     pairs.append((cell.conv.weight, unit.weight))
                     pairs += [(cell.conv_1x1.weight, unit.weight_1x1)] if cell.conv_1x1 else []
                     pairs += [(cell.projection.weight, unit.projection)] if cell.projection else []
                     pairs += [(cell.bn.weight, unit.gamma), (cell.bn.bias, unit.beta)]
                     pairs += [(cell.bn.running_mean, unit.running_mean), (cell.bn.running_var, unit.running_var)]
-        for ours, theirs in norms:
+        for ours, norm in norms:
             for name in ("weight", "bias", "running_mean", "running_var"):
-                pairs.append((getattr(ours, name), getattr(theirs, name)))
+                pairs.append((getattr(ours, name), getattr(norm, name)))
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)

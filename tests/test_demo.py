@@ -31,12 +31,6 @@ FILES = {"model.pt", "metrics.json", "loss.png", "accuracy.png", "steps.png", "r
 FILES |= {"environment.json", "metrics.jsonl", "metrics.csv", "timing.jsonl", "checkpoints", "tensorboard"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Two threads that wait for each other crawl on a busy machine, and nothing here is about threads."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder and the metrics of a run of two epochs."""

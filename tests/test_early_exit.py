@@ -18,12 +18,6 @@ from fractalnet.__main__ import main  # noqa: E402
 OPTIONS = {"fused": {}, "composed": {"activation": "silu"}, "stem": {"stem": "resnet"}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Networks this small gain nothing from a second."""
-    torch.set_num_threads(1)
-
-
 def network(**options):
     """Logits wide enough for every confidence to split the batch."""
     size = 20 if options.get("stem") else 8

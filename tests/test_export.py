@@ -20,11 +20,6 @@ from fractalnet.__main__ import main  # noqa: E402
 CONFIG = {"num_classes": 7, "columns": 3, "channels": (4, 6), "image_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    torch.set_num_threads(1)
-
-
 def trained(**options):
     """In evaluation, with statistics and affines far from their initial values, different in every set and unit."""
     net = FractalNet(**{**CONFIG, **options})

@@ -181,6 +181,20 @@ def test_save(naming, columns):
 
 
 @BOTH
+def test_statistics_that_the_full_network_borrows(naming):
+    """Of units that ran in steps of a column alone only, evaluation takes theirs; so does the file."""
+    net, theirs = ours(2), THEIRS[naming](2).double().eval()
+    for c in (0, 1, 1):
+        net.train()(torch.randn(4, 3, 8, 8, dtype=torch.float64), column=c)
+    net.eval()
+    state = interchange.save(net, naming)
+    theirs.load_state_dict(state)
+    assert_same_logits(net, theirs)
+    counts = [int(t) for name, t in state.items() if name.endswith("num_batches_tracked")]
+    assert set(counts) == {1, 2}
+
+
+@BOTH
 @pytest.mark.parametrize("options", [{}, {"conv_bias": True, "bn_affine": False}])
 def test_round_trip(naming, options):
     theirs = moved(THEIRS[naming](3, options.get("conv_bias", False), options.get("bn_affine", True))).state_dict()

@@ -19,12 +19,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(same_start):
-    """Networks this small gain nothing from a second."""
-    torch.set_num_threads(1)
-
-
 def moved(options, columns=3):
     """A network whose statistics, affine and counts are not those of a new one, in fp64 (numbers that fp32 holds, as
     the extracted column does), and batches."""

@@ -331,10 +331,21 @@ def test_warm_up_and_milestones_scale_with_the_epochs(tmp_path):
     )
     found = config.load(str(file), ["--epochs", "10"])[0].schedule
     assert found.warmup == 2 and found.milestones == [5]
+    file.write_text(file.read_text().replace("epochs: 20", "epochs: 100").replace("[10]", "[50]"))
+    assert config.load(str(file), ["--epochs", "14"])[0].schedule.milestones == [7]  # not a step later
+    file.write_text(file.read_text().replace("epochs: 100", "epochs: 20").replace("[50]", "[10]"))
     assert config.load(str(file), ["--epochs", "10", "--schedule.warmup", "4"])[0].schedule.warmup == 4
 
 
 # --- devices -------------------------------------------------------------------------------------
+
+
+def test_machines_that_nobody_started(monkeypatch):
+    """Lightning would wait for them."""
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    options = {"strategy": "auto", "devices": "1", "nodes": 2, "accelerator": "cpu", "precision": "fp32"}
+    with pytest.raises(UserError, match="--nodes 2: expected torchrun to start every machine's part, got none"):
+        devices.fabric_for(SimpleNamespace(**options))
 
 
 @pytest.mark.filterwarnings("ignore:You passed")

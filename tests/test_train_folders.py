@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("lightning")
 
-from fractalnet import checkpoints, outputs, sources  # noqa: E402
+from fractalnet import checkpoints, outputs, sources, trained  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
 from image_files import write_folder  # noqa: E402
+from test_runs import written as small  # noqa: E402
 from test_train import files_of, quick, whole, written  # noqa: E402, F401  (fixtures too)
 
 FIRST = SimpleNamespace(is_global_zero=True, barrier=lambda: None)  # the first rank, as far as files go
@@ -52,6 +53,41 @@ def test_what_an_earlier_run_left_goes(tmp_path):
     for anew, left in ((False, before), (True, [tmp_path / "checkpoints", tmp_path / "mine.txt"])):
         outputs.prepare(FIRST, tmp_path, anew)
         assert sorted(tmp_path.iterdir()) == left
+
+
+def test_what_a_killed_run_had_not_finished_goes(tmp_path):
+    for name in (".model.pt.123.tmp", ".config.yaml.9.tmp", ".mine.pt.123.tmp"):
+        (tmp_path / name).touch()
+    outputs.prepare(FIRST, tmp_path, False)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [".mine.pt.123.tmp"]
+
+
+def test_a_file_where_a_folder_will_be(tmp_path, refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").touch()
+    begin = ["train", written(tmp_path, epochs=1), "--out", str(tmp_path / "run"), "--overwrite"]
+    refused(begin, ["tensorboard", "expected a folder, or nothing, got a file"])
+
+
+def test_half_a_row_of_times(tmp_path):
+    """As a machine leaves it that went down: the others count, and the next one is whole."""
+    (tmp_path / outputs.TIMES).write_text('{"seconds": 2.0}\n{"seconds": 4')
+    log = outputs.Log(FIRST, tmp_path, SimpleNamespace(tensorboard=False), 0, 1)
+    log.time({"seconds": 3.0})
+    assert outputs.spent(tmp_path, "seconds") == 5.0
+
+
+def test_eager_has_the_statistics_that_evaluation_takes(tmp_path):
+    """Of columns alone, where the full network never ran."""
+    argv = ["--compare_eager", "true", "--network.global_ratio", "1.0"]
+    assert main(["train", small(tmp_path), "--out", str(tmp_path / "run"), *argv]) == 0
+    assert "eager" in json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"]
+
+
+def test_an_average_goes_on_with_the_paths(tmp_path):
+    assert main(["train", small(tmp_path, ema=0.5), "--out", str(tmp_path / "run")]) == 0
+    net = trained.unpack(tmp_path / "run" / "model.pt")[0]
+    assert net.path_step == 3  # batches of 500 of 1437 images
 
 
 def test_an_option_that_is_gone_is_a_difference():
@@ -113,6 +149,10 @@ def test_comparing_leaves_out_what_is_no_run(tmp_path):
     (tmp_path / "a" / "metrics.json").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.json").write_text(json.dumps({"recipe": ["x"], "config": {}, "columns": []}))
+    for i, entry in enumerate((None, 3, {"name": "full"}, {"name": "full", "accuracy": None})):
+        (tmp_path / str(i)).mkdir()
+        other = {"recipe": "digits", "config": {}, "columns": [entry]}
+        (tmp_path / str(i) / "metrics.json").write_text(json.dumps(other))
     assert outputs.found(tmp_path) == []
 
 

@@ -194,16 +194,6 @@ def parser() -> Any:
     return made
 
 
-def merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Nested mappings over one another."""
-    result: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged([result[key], value]) if both else value
-    return result
-
-
 def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, dict[str, Any]]:
     """A recipe with the options of a command line over it, and the same as plain values.
 
@@ -217,7 +207,7 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
     import yaml
 
     try:
-        recipe = merged(yaml.safe_load(text) or {} for text in files(name))
+        recipe = {key: value for text in files(name) for key, value in (yaml.safe_load(text) or {}).items()}
         json.dumps(recipe, default=str)  # refuses what contains itself
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {name}: not a YAML mapping ({' '.join(str(error).split())})") from error
@@ -229,12 +219,11 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
     start = ["--recipe", yaml.safe_dump(recipe)]
     alone = attempt(made, start, what, also)
     found = attempt(made, [*start, *dashes(argv)], "train", also)
-    ratio = found.epochs / alone.epochs
     kept = {key: found.schedule[key] == alone.schedule[key] for key in ("milestones", "warmup")}
     if kept["milestones"] and not given & {"--schedule", "--schedule.milestones", "--schedule.milestones+"}:
-        found.schedule.milestones = [m * ratio for m in found.schedule.milestones]
+        found.schedule.milestones = [m * found.epochs / alone.epochs for m in found.schedule.milestones]
     if kept["warmup"] and not given & {"--schedule", "--schedule.warmup"}:
-        found.schedule.warmup *= ratio
+        found.schedule.warmup = found.schedule.warmup * found.epochs / alone.epochs
     found.pop("recipe")
     found.network = dict(sorted(found.network.items(), key=lambda item: str(item[0])))  # in whatever order they came
     check(found, what)

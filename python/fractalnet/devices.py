@@ -22,7 +22,7 @@ TIMEOUT = timedelta(minutes=10)  # of a collective: a rank that is gone must not
 
 def fabric_for(config: Config) -> Fabric:
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     def shard(model: nn.Module, _: object) -> nn.Module:
@@ -57,6 +57,9 @@ def fabric_for(config: Config) -> Fabric:
         # Else Lightning raises an error of its own, or every process is a training by itself, in the same folder.
         got = f"{here} times {config.nodes}"
         raise UserError(f"train: expected --devices times --nodes to be {started}, torchrun's processes, got {got}")
+    if config.nodes > 1 and "NODE_RANK" not in os.environ:
+        if isinstance(fabric.strategy.cluster_environment, LightningEnvironment):  # it waits for the others, in silence
+            raise UserError(f"train: --nodes {config.nodes}: expected torchrun to start every machine's part, got none")
     if config.precision == "fp64":  # the loss too: Fabric makes float32 of what a network returns
         fabric.strategy.precision.convert_output = lambda data: data
     if fabric.strategy.precision.precision != PRECISION[config.precision]:  # Fabric puts bf16 in its place

@@ -52,7 +52,7 @@ def _require(op: str, *packages: str) -> None:
 def _texts(op: str, metadata: Mapping[str, Any] | None) -> dict[str, str]:
     """What a file says beside the network: a JSON text for each name."""
     try:
-        return {str(name): json.dumps(value, ensure_ascii=False) for name, value in (metadata or {}).items()}
+        return {str(name): json.dumps(value) for name, value in (metadata or {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{op}: expected metadata None or a mapping of values that JSON knows ({error})") from error
 

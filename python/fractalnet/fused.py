@@ -169,16 +169,20 @@ class Block(nn.Module):
                 return unit
         raise ValueError(f"unit: expected c < {self.columns} and j < 2**c, got c={c!r}, j={j!r}")
 
+    def set_of(self, c: int, j: int, set: int) -> int:
+        """Of which set evaluation takes the statistics of column c's j-th unit, as :meth:`statistics` has it."""
+        if len(self.running_mean) == 1:
+            return 0
+        borrows = self._borrows(self.num_batches_tracked[set], self.num_batches_tracked[1 - set])
+        return 1 - set if borrows[self.find(c, j).id] else set
+
     @torch.no_grad()
     def unit_layers(self, c: int, j: int, set: int = 0) -> list[nn.Module]:
         """Column c's j-th unit up to its join as modules of ``torch.nn``, with copies of its weights and statistics.
 
         A convolution whose output channels are partly 1x1 becomes one of 3x3 with zeros around those.
         """
-        if len(self.running_mean) > 1:  # as statistics() has it
-            borrows = self._borrows(self.num_batches_tracked[set], self.num_batches_tracked[1 - set])
-            set = 1 - set if borrows[self.find(c, j).id] else set
-        unit = self.unit(c, j, set)
+        unit = self.unit(c, j, self.set_of(c, j, set))
         weight = unit.weight
         if unit.weight_1x1 is not None:
             weight = torch.cat([weight, F.pad(unit.weight_1x1, (1, 1, 1, 1))])

@@ -47,11 +47,14 @@ NAMINGS: dict[str, tuple[Callable[[int, Unit, int], str], str]] = {
 
 
 def _views(model: FractalNet, naming: str) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every key of a naming with the views of the model that it stands for: one, or one per set of statistics."""
+    """Every key of a naming with the views of the model that it stands for: one, or one per set of statistics, first
+    that of which evaluation of the full network takes the unit's."""
     prefix, head = NAMINGS[naming]
     for b, block in enumerate(model.blocks):
         for unit in block.schedule.units:
-            sets = [block.unit(unit.column, unit.step, set) for set in range(block.running_mean.shape[0])]
+            first = block.set_of(unit.column, unit.step, 0)
+            order = sorted(range(len(block.running_mean)), key=lambda set: set != first)
+            sets = [block.unit(unit.column, unit.step, set) for set in order]
             own, name = sets[0], prefix(b, unit, model.columns)
             for key, view in (
                 ("conv.weight", own.weight),
@@ -63,7 +66,7 @@ def _views(model: FractalNet, naming: str) -> Iterator[tuple[str, list[Tensor]]]
                     yield f"{name}.{key}", [view]
             yield f"{name}.bn.running_mean", [each.running_mean for each in sets]
             yield f"{name}.bn.running_var", [each.running_var for each in sets]
-            yield f"{name}.bn.num_batches_tracked", list(block.num_batches_tracked[:, unit.id])
+            yield f"{name}.bn.num_batches_tracked", [block.num_batches_tracked[set, unit.id] for set in order]
     yield f"{head}.weight", [model.head.weight]
     yield f"{head}.bias", [model.head.bias]
 

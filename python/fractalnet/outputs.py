@@ -45,6 +45,7 @@ WAIT = 10.0  # seconds for the data workers of a training that was killed, which
 ROWS, TIMES = "metrics.jsonl", "timing.jsonl"
 RESULTS = ("model.pt", "metrics.json", "report.md", "loss.png", "accuracy.png", "steps.png")
 LOGS = (ROWS, TIMES, "metrics.csv")
+FILES = ("config.yaml", "environment.json")
 FOLDERS = {"checkpoints": (checkpoints.NAME, f".{checkpoints.NAME}.tmp"), "tensorboard": ("events.out.tfevents.*",)}
 # Beside the number of epochs, in which a run of the paper's recipe may differ from it.
 UNIMPORTANT = ("seed", "precision", "compile", "strategy", "sync_bn", "evaluate_every")
@@ -70,9 +71,7 @@ def find(out: Path, resume: str | None, overwrite: bool) -> Path | None:
         choices = "--overwrite replaces it, --out names another folder"
         if not overwrite and (found or (out / ROWS).exists()):
             raise UserError(f"{out} holds a run: --resume goes on with it, {choices}")
-        there = [
-            name for name in (*FOLDERS, *LOGS, *RESULTS, "config.yaml", "environment.json") if (out / name).exists()
-        ]
+        there = [name for name in (*FOLDERS, *LOGS, *RESULTS, *FILES) if (out / name).exists()]
         if not overwrite and there:
             raise UserError(f"{out} holds {', '.join(there)}, which a run writes: {choices}")
         return None
@@ -116,6 +115,9 @@ def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
     if fabric.is_global_zero:
         try:
             old = list(folder.glob(FOLDERS["checkpoints"][1]))  # of a run that was killed while it wrote
+            old += [file for name in (*LOGS, *RESULTS, *FILES) for file in out.glob(f".{name}.*.tmp")]
+            if (out / "tensorboard").is_file():
+                raise UserError(f"{out / 'tensorboard'}: expected a folder, or nothing, got a file")
             if anew:
                 old += [file for name, kinds in FOLDERS.items() for kind in kinds for file in (out / name).glob(kind)]
                 old += [out / name for name in (*LOGS, *RESULTS)]
@@ -186,8 +188,9 @@ class Log:
         path = self.out / name
         size = path.stat().st_size if path.exists() else 0
         try:
+            half = bool(size) and path.read_bytes()[-1:] != b"\n"  # a row, where a machine went down
             with open(path, "ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(b"\n" * half + json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
@@ -330,7 +333,8 @@ def conclude(this: Run, out: Path) -> dict[str, Any]:
 def spent(out: Path, key: str) -> float:
     """Seconds of all parts of a run. A part that was killed wrote nothing."""
     text = (out / TIMES).read_text() if (out / TIMES).exists() else ""
-    return sum(json.loads(line).get(key, 0.0) for line in text.splitlines())
+    whole = [line for line in text.splitlines() if line.endswith("}")]  # not half a row, where a machine went down
+    return sum(json.loads(line).get(key, 0.0) for line in whole)
 
 
 def report(metrics: dict[str, Any], tables: list[str], pictures: list[str]) -> str:
@@ -387,6 +391,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, OSError):
             metrics = json.loads(path.read_bytes())
             kinds = {"recipe": str, "config": dict, "columns": list}
-            if isinstance(metrics, dict) and all(isinstance(metrics.get(k), kind) for k, kind in kinds.items()):
+            known = isinstance(metrics, dict) and all(isinstance(metrics.get(k), kind) for k, kind in kinds.items())
+            if known and all(isinstance(c, dict) and isinstance(c.get("accuracy"), float) for c in metrics["columns"]):
                 runs.append(metrics)
     return runs

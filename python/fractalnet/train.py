@@ -172,6 +172,8 @@ class Run:
         if full:
             if self.average is not None:
                 follow(self.average, self.net)
+                if isinstance(self.net, FractalNet):  # it goes on with the next path, as the network itself would
+                    self.average.module.path_step = self.net.path_step
             self.scheduler.step()
 
     def full(self) -> bool:
@@ -203,7 +205,8 @@ class Run:
         """The path of this rank's part: on every rank that of the whole batch. None: the network has its own."""
         if not isinstance(self.net, FractalNet) or self.net.global_mode == "tied":
             return None
-        path = self.net.sample_path(size, generator_for(self.net.path_seed, self.net.path_step))
+        generator = generator_for(self.net.path_seed, self.net.path_step, 0)  # as the network's own
+        path = self.net.sample_path(size, generator)
         if path.keep.dim() == 3:
             return path
         order, ranks = torch.arange(size), self.fabric.world_size
