@@ -39,8 +39,8 @@ COUNTS = {
 
 
 OLD_EAGER = (
-    "Against eager these figures are too good: its joins left channels_last, were float32 under autocast, and copied "
-    "an index from the host, as in public code. The baseline has none of this any more, and is not yet measured so."
+    "The ratios against eager flatter us: its joins left channels_last, were float32 under autocast, and copied an "
+    "index from the host, as in public code. The baseline has been mended since, and not been measured again."
 )
 
 
@@ -184,7 +184,7 @@ STEP_WORDS = (  # what the columns that have figures need to be read
     ("ours", "Training steps as CUDA graphs on the CUDA kernels; ratios say how many times as long others take."),
     ("vs best torch.compile", "The best torch.compile is the fastest of its modes."),
     ("Triton", "Triton: ours on those kernels."),
-    ("drop-path", "Under the mixture half of our steps run one column alone; the others run everything and mask."),
+    ("drop-path", "Under the mixture half of our steps run one column alone; the other half run everything and mask."),
     ("precision", "fp32 is without TF32."),
     (
         "peak memory",

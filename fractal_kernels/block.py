@@ -209,8 +209,8 @@ def fractal_block(
         group: a torch.distributed process group over whose ranks the statistics run in training (synchronised batch
             norm; paths for the batch must be the same on all ranks); None: this process's batch.
         dense: run everything and mask: the definition that skipping is held against, and what a CUDA graph holds.
-        live: with ``dense`` and a path [R, C], which units live, bool [U] on x's device (``schedule.live_units``), of
-            who knows it for many blocks at once: else every block works it out. It is taken for granted.
+        live: with ``dense`` and a path [R, C], which units live, bool [U] on x's device (``schedule.live_units``), for
+            who computes it for many blocks at once. It is not checked.
     Returns:
         :class:`BlockOutput`. Gradients of weights that do not live are zeros; those that require none cost nothing.
         Loss, gradients and statistics equal the dense execution's. Saved for backward: the live joins, convolution
@@ -218,7 +218,7 @@ def fractal_block(
         or saved_tensors_hooks see it.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
-        RuntimeError: a gradient of dropout in training, or over a group, is differentiated, or is of many at once; an
+        RuntimeError: second derivatives, or gradients of many at once, with dropout in training or over a group; an
             exporter or a transform of torch.func runs this, which does not know it.
     Source:
         Larsson et al. 2016 (arXiv:1605.07648), equation 1 and section 3.

@@ -4,7 +4,7 @@ By Winograd's minimal filtering: F(4x4, 3x3), 36 products where the definition h
 36, whichever is less work for the batch (so an image alone may have other last bits than in a batch); as defined where
 there are few channels. Errors are within 4e-6 of the largest value for up to 256 channels (a weight's gradient: 2**16
 pixels) and grow with the root of their number (tests/test_conv3x3.py); but Winograd's method makes NaN of all outputs
-of the tiles that read infinity. Measured against the library's: benchmarks/bench_conv.py.
+of the tiles that read infinity. Measured against PyTorch's: benchmarks/bench_conv.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def computes(dtype: torch.dtype, channels: int, backend: str) -> bool:
 def fits(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether this case is here; an image has fewer than 16 channels or a multiple of them.
 
-    Of few pixels, what takes the time is the weights, which for one image the library reads as they are. Traced code
+    Of few pixels, what takes the time is the weights, which for one image PyTorch reads as they are. Traced code
     asks again when it runs.
     """
     return (

@@ -77,8 +77,9 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     The model's ``forward`` is traced symbolically, in training and in evaluation, with all arguments, with none but the
     required ones, and with every combination of its flags; of what else it does depending on its arguments or on
     chance, nothing is known. Hooks of containers are called with torch.fx's proxies. If it cannot be traced, each of
-    its modules is traced by itself, assuming that the model runs each as a whole and holds them all as modules. What is
-    read between a batch norm and its ReLU, by another method of the model too, has had both. Under ``torch.compile`` a
+    its modules is traced by itself, assuming that the model runs each as a whole and holds them all as modules. Code
+    that reads the tensor between a batch norm and its ReLU, another method of the model too, sees it with the ReLU
+    applied. Under ``torch.compile`` a
     ReLU that no trace saw do anything else does nothing: where batch norms were replaced since, call ``fuse`` again
     before it.
 

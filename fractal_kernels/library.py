@@ -250,14 +250,7 @@ def _join_backward_apply(
 
 
 @torch.library.register_fake("fractal_kernels::channel_stats", lib=_LIB)
-def _channel_stats_fake(
-    ys: list[Tensor],
-    mask: Tensor | None,
-    running: list[Tensor],
-    momentum: float,
-    momenta: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _channel_stats_fake(ys: list[Tensor], *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return _alloc_stats(ys)
 
 
@@ -277,18 +270,7 @@ def _join_forward_fake(
 
 
 @torch.library.register_fake("fractal_kernels::join_backward_reduce", lib=_LIB)
-def _join_backward_reduce_fake(
-    grad: Tensor,
-    ys: list[Tensor],
-    mask: Tensor | None,
-    means: list[Tensor],
-    vars: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    eps: float,
-    flags: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _join_backward_reduce_fake(grad: Tensor, ys: list[Tensor], *_: object) -> tuple[Tensor, Tensor]:
     return _alloc_sums(ys)
 
 

@@ -148,7 +148,7 @@ class StepConv2d(nn.Conv2d):
 
 
 class FusedReLU(nn.ReLU):
-    """A ReLU behind batch norms that ``fuse`` has fused: what they return is returned as it is.
+    """A ReLU behind batch norms that ``fuse`` has fused: their output passes through unchanged.
 
     To everything else it is a ReLU, and to whoever looks for one, as feature extractors do. A batch norm marks what it
     returns by its version, so that what is changed in place, and comes again, is another tensor. torch.compile refuses

@@ -87,12 +87,12 @@ def is_plain_3x3(size: object, stride: object, padding: object, dilation: object
 
 
 def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """A 3x3 convolution with padding 1 on a backend: ours where it is there and faster, else the library's.
+    """A 3x3 convolution with padding 1 on a backend: ours where it is there and faster, else PyTorch's.
 
-    Not of one channel, which is in both layouts: the library decides in which its output is. And it is the library that
-    reports operands that do not go together.
+    Not of one channel, which is in both layouts: PyTorch decides in which its output is. And it is PyTorch that reports
+    operands that do not go together.
     """
-    if x.device != weight.device:  # of a weight on "meta" the library, too, would read whatever is there
+    if x.device != weight.device:  # of a weight on "meta" PyTorch, too, would read whatever is there
         raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
     if exported.foreign_tool() or checks.is_autocast(x):
         return F.conv2d(x, weight, padding=1)
@@ -173,11 +173,11 @@ def conv_bn_relu(
         weight, bias, running_mean, running_var, training, momentum, eps, group, backend: as in :func:`bn_relu`.
     Returns:
         [N, C_out, H', W']. Under autocast the convolution runs in the autocast dtype, the rest in float32 arithmetic.
-        The backward saves x, the convolution's output and two vectors. The convolution is the library's; but ours, as
-        in :func:`fractal_block`, on the CPU in float32 for x and conv_weight in channels_last, where it is 3x3 of
-        stride, padding, dilation and groups 1 without bias, C_out a multiple of 16 and C_in another or from 2 to 15,
-        and x is not one image of fewer than 64 pixels: faster, errors within 4e-6 of the largest value for up to 256
-        channels, but NaN around an infinity in x.
+        The backward saves x, the convolution's output and two vectors. The convolution is PyTorch's, except on the CPU
+        in float32 for x and conv_weight in channels_last, where it is 3x3 of stride, padding, dilation and groups 1
+        without bias, C_out a multiple of 16 and C_in another or from 2 to 15, and x is not one image of fewer than 64
+        pixels: there it is this package's, as in :func:`fractal_block`: faster, errors within 4e-6 of the largest value
+        for up to 256 channels, but NaN around an infinity in x.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
     Source:

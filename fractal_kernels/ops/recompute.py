@@ -35,7 +35,8 @@ class _Again:
 
 @contextmanager
 def recomputed(output: Tensor) -> Iterator[None]:
-    r"""Operators inside the ``with`` block save for backward not ``output``, but what it is computed again from.
+    r"""Operators inside the ``with`` block do not save ``output`` for backward: it is computed again from what its join
+    has saved.
 
     A convolution keeps its input for the gradient of its weight. Where that is :math:`h = relu(bn(y))`, the join's own
     backward keeps y too; so h need not be kept, and costs one more pass over y in backward (not its statistics):
@@ -44,9 +45,9 @@ def recomputed(output: Tensor) -> Iterator[None]:
 
     Args:
         output: what :func:`bn_relu`, :func:`bn_relu_join` or :func:`conv_bn_relu` returned (any layout, dtype, device).
-            Of any other tensor, one that was changed in place, without gradients, in or from a checkpoint and under
-            ``torch.compile``, which decides this by itself, the block does nothing. Not for compiled autograd. Of the
-            operators inside all backwards come before the join's, or keep the graph.
+            The block does nothing for any other tensor, one that was changed in place, without gradients, in or from a
+            checkpoint, and under ``torch.compile``, which decides this by itself. Not for compiled autograd. All
+            backwards of the operators inside must run before the join's, or keep the graph.
     Raises:
         TypeError: ``output`` is not a Tensor. RuntimeError, in backward: y, or what else was saved, was changed in
             place since.
