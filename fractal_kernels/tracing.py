@@ -73,11 +73,16 @@ def _held(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _version(t: torch.Tensor) -> int | None:
+    """None: it was made in inference mode, and has none."""
+    return None if t.is_inference() else t._version
+
+
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """A trace runs ``forward``: modes, assigned attributes, buffers and random numbers are put back."""
     modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not (is_lazy(b) or b.is_inference())]
+    buffers = [(b, _version(b), b.detach().clone()) for b in model.buffers() if not is_lazy(b)]
     modules = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]  # whose state is not Python's
     held = [v for m in modules for v in _held(m)]
     before = [v.get_state() if isinstance(v, torch.Generator) else v.copy() for v in held]
@@ -99,7 +104,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             value.extend(was) if isinstance(value, (list, deque)) else value.update(was)
         for module, mode in modes:
             module.training = mode
-        with torch.no_grad():
+        with torch.inference_mode():  # outside of which nobody writes into what was made in it
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                if version is None or version != _version(buffer):
                     buffer.copy_(value)

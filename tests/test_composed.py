@@ -327,6 +327,16 @@ def test_initial_weights_are_of_their_own_fans():
         assert 0.95 * bound < weight.abs().max() <= bound
 
 
+def test_operands_that_do_not_fit():
+    block, keep = ComposedBlock(3, (4, 2)), full_path(1, 2).keep[0]
+    with pytest.raises(
+        ValueError, match=r"ComposedBlock: expected x of shape \[N, 3, H, W\], H and W >= 2 for pooling"
+    ):
+        block(torch.randn(2, 3, 8, 1), keep, torch.tensor(0))
+    with pytest.raises(ValueError, match=r"expected keep bool of shape \[2, 2\], got torch.float32 \[2, 2\]"):
+        block(torch.randn(2, 3, 8, 8), keep.float(), torch.tensor(0))
+
+
 @pytest.mark.parametrize("pool, size", [("before", 4), ("after", 4), ("average", 4), (None, 8)])
 def test_where_nothing_is_kept(pool, size):
     """Nor is anything read: outputs and gradients of parameters are zeros."""

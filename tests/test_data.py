@@ -108,9 +108,20 @@ def test_folder(tmp_path, test):
     torch.testing.assert_close(torch.tensor(found.std).double(), values.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
 
 
+def test_of_test_and_val_with_classes_it_is_test(tmp_path):
+    for split in ("cat", "dog"):
+        (tmp_path / "test" / split).mkdir(parents=True)
+        (tmp_path / "test" / split / "0.png").write_bytes(encoded(pixels(0)))
+    assert len(sources.load(f"folder:{write_folder(tmp_path, 'val')}").test) == 2
+
+
 def test_folder_of_grey_images_has_one_channel(tmp_path):
+    """Of which some may be black and white."""
     found = sources.load(f"folder:{write_folder(tmp_path, channels=1)}")
     assert found.channels == 1 and len(found.mean) == 1 and torch.equal(found.train.x, expected(6, 8, 8, 1))
+    Image.new("1", (8, 8), 1).save(tmp_path / "train" / "cat" / "0.png")
+    found = sources.load(f"folder:{tmp_path}")
+    assert found.channels == 1 and bool((found.train.x[0] == 255).all())
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -225,6 +225,12 @@ def test_a_transform_that_ends_before_the_relu():
 
     for run in (call, torch.compile(call, backend="eager")):
         torch.testing.assert_close(run(fused, x), eager(x))
+        for net in (fused, eager):  # zeros, as batch norms at the end of residual branches begin with
+            nn.init.zeros_(net[1].weight)
+        (grad,) = torch.autograd.grad(run(fused, mine := x.clone().requires_grad_()).sum(), mine)
+        assert not grad.any() and not torch.autograd.grad(run(fused, x).sum(), fused[1].bias)[0].any()
+        for net in (fused, eager):
+            nn.init.ones_(net[1].weight)
 
 
 @pytest.mark.parametrize("make", [lambda: fk.ConvBNReLU(3, 16), lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Masked())])
@@ -260,6 +266,11 @@ def test_synchronised_batch_norm_says_that_it_is_not_transformed(monkeypatch):
     monkeypatch.setattr(fk.sync, "name_of", lambda op, group: "a group")
     with pytest.raises(RuntimeError, match=r"bn_relu: expected no process group, .* got a transform of torch\.func"):
         torch.func.grad(lambda x: fk.bn_relu(x, *[None] * 4, training=True).sum())(torch.randn(2, 3, 4, 4))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU())
+    fk.fuse(model)  # whose batch norms run as PyTorch's there, which are not synchronised
+    model[1].sync_group = "a group"
+    with pytest.raises(RuntimeError, match=r"bn_relu: expected no process group"):
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(2, 3, 4, 4))
 
 
 def test_a_block_is_not_transformed():

@@ -66,12 +66,16 @@ def test_fuse_leaves_nothing_in_containers():
             super().__init__()
             self.bn, self.relu, self.cache, self.seen = nn.BatchNorm2d(3), nn.ReLU(), {"deep": [1]}, [0]
             self.last, self.of, self.drawn = deque([0], maxlen=2), defaultdict(list), torch.Generator()
+            self.shapes, self.ring = {1}, [0]
+            self.ring.append(self.ring)  # it holds itself
 
         def forward(self, x: Tensor) -> Tensor:
             self.cache.setdefault("scale", x.mean())
             self.cache["deep"].append(x.shape)
             self.seen += [x]
             self.last.append(x)
+            self.shapes.add(x.shape)
+            self.ring[0] = x
             self.of[x.shape].append(torch.rand((), generator=self.drawn))
             return self.relu(self.bn(x))
 
@@ -79,8 +83,35 @@ def test_fuse_leaves_nothing_in_containers():
     seen, state = model.seen, model.drawn.get_state()
     assert fuse(model).fused == ["bn"]
     assert list(model.last) == [0] and model.last.maxlen == 2 and not model.of
+    assert model.shapes == {1} and model.ring[0] == 0 and model.ring[1] is model.ring
     assert torch.equal(model.drawn.get_state(), state)
     assert model.cache == {"deep": [1]} and model.seen is seen and seen == [0]
+
+
+def test_fuse_between_a_forward_and_its_backward():
+    """Buffers that a trace does not change are left as they are: autograd refuses what was written since."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    loss = model(torch.randn(2, 3, 6, 6)).sum()
+    assert fuse(model).fused == ["1"]
+    loss.backward()
+
+
+def test_fuse_of_buffers_made_in_inference_mode():
+    """Which have no versions."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.relu(self.bn(x))
+
+    with torch.inference_mode():
+        model = Counts()
+        assert fuse(model).fused == ["bn"] and model.calls == 0
 
 
 def test_fuse_leaves_replaced_children_and_modes():
@@ -264,6 +295,14 @@ class Both(Skips):
         return h if features and raw else self.relu(h)
 
 
+class Three(Skips):
+    """As many flags as there are traces for."""
+
+    def forward(self, x: Tensor, features: bool = False, b: bool = False, c: bool = False) -> Tensor:
+        h = self.bn(self.conv(x))
+        return h if features and b and c else self.relu(h)
+
+
 class Many(Skips):
     """More flags than there are traces for."""
 
@@ -272,7 +311,7 @@ class Many(Skips):
         return h if features and b and c and d else self.relu(h)
 
 
-@pytest.mark.parametrize("model", [Flag, Late, Both, Many])
+@pytest.mark.parametrize("model", [Flag, Late, Both, Three, Many])
 def test_fuse_leaves_what_some_flags_use_in_another_way(model):
     model, x = model(), torch.randn(2, 3, 4, 4)
     expected, report = copy.deepcopy(model), fuse(model)

@@ -40,6 +40,28 @@ def test_fuse_takes_note_of_hooks_of_containers(kind, at, hook):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_fuse_takes_note_of_what_hooks_see_by_keyword():
+    class Act(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, *, x: Tensor) -> Tensor:
+            return self.relu(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(3), Act()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x=self.bn(x))
+
+    model = Model()
+    model.act.register_forward_pre_hook(lambda m, args, kwargs: None, with_kwargs=True)
+    assert fuse(model).fused == []
+
+
 class Body(nn.Module):
     """Ends in a batch norm, and returns it in a container."""
 
@@ -88,10 +110,11 @@ def test_fuse_takes_note_of_what_hooks_see_in_containers(name, hook):
     torch.testing.assert_close(fused(x), plain(x))
 
 
-def test_fuse_again_after_hooks_of_containers_were_added():
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "not traced"])
+def test_fuse_again_after_hooks_of_containers_were_added(traced):
     """A ReLU that a compiler is to leave out does its work again where a hook may come before it."""
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.ReLU())
     assert fuse(model).fused == ["0.1"] and model[1].alone
-    model[0].register_forward_hook(lambda m, x, out: out - 1)
+    model[0].register_forward_hook(lambda m, x, out: out - 1 if traced or type(out) is Tensor else None)
     fuse(model)
     assert not model[1].alone

@@ -292,13 +292,26 @@ class Elsewhere(Base):
         self.others = nn.ModuleList([self.relu])
 
 
-@pytest.mark.parametrize("kind", [InALeaf, Direct, Elsewhere, Base])
+class OfALeaf(InALeaf):
+    """The layer alone holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer.activation(self.bn(self.conv(x)))
+        return self.layer(h.flatten(2).transpose(1, 2)) - 1
+
+
+@pytest.mark.parametrize("kind", [InALeaf, OfALeaf, Direct, Elsewhere, Base])
 def test_compiled_by_what_else_the_relu_does(kind):
     model, x = kind().eval(), torch.randn(2, 3, 4, 4)
+    (relu,) = (m for m in model.modules() if isinstance(m, nn.ReLU))
     eager = copy.deepcopy(model)
-    assert fuse(model).fused == ["bn"] and model.relu.alone == (kind is Base)
+    assert fuse(model).fused == ["bn"] and relu.alone == (kind is Base)
     fuse(model)  # which sees the same, with nothing left to fuse
-    assert model.relu.alone == (kind is Base)
+    assert relu.alone == (kind is Base)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), eager(x))
 

@@ -299,6 +299,7 @@ def test_a_capture_that_fails_is_said_once_and_steps_go_on():
         for x, y in batches(2):
             step(x, y, full_path(2, 3))
     assert step.problem.startswith("a step cannot be captured: RuntimeError: operation not")
+    assert not step._graphs  # their memory is given back
     assert optimizer.param_groups[0]["lr"] == 2**-4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -326,7 +327,8 @@ def test_what_cannot_be_captured_says_why(options, fused, words, monkeypatch):
     assert words in problem
 
 
-def test_wrong_warmup():
+@pytest.mark.parametrize("warmup", [0, 1.5, True])
+def test_wrong_warmup(warmup):
     net, optimizer, work, _ = build(NETS["fused"])
-    with pytest.raises(ValueError, match="GraphedStep: expected warmup >= 1, got 0"):
-        GraphedStep(net, optimizer, work, warmup=0)
+    with pytest.raises(ValueError, match=f"GraphedStep: expected warmup >= 1, got {warmup}"):
+        GraphedStep(net, optimizer, work, warmup=warmup)

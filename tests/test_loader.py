@@ -268,13 +268,18 @@ def test_an_epoch_is_every_image_once(images):
     y = torch.cat([y for _, y, _ in found])
     assert not torch.equal(y, torch.arange(23)) and torch.equal(y.sort().values, torch.arange(23))
     torch.testing.assert_close(torch.cat([x for x, _, _ in found]), normal(images.x[y]))
+    with torch.device("meta"):  # stands for any other default device
+        assert same(batches(loader), found)
     other = torch.cat([y for _, y, _ in batches(loader, 1)])
     assert not torch.equal(other, y)
     assert not torch.equal(torch.cat([y for _, y, _ in batches(Loader(images, 5, seed=1, augment=AUGMENT))]), y)
 
 
 def test_evaluation_keeps_the_order(images):
-    found = batches(Loader(images, 10, seed=0, augment=AUGMENT.eval(), shuffle=False))
+    loader = Loader(images, 10, seed=0, augment=AUGMENT.eval(), shuffle=False)
+    found = batches(loader)
+    with torch.device("meta"):  # stands for any other default device
+        assert same(batches(loader), found)
     assert torch.equal(torch.cat([y for _, y, _ in found]), torch.arange(23))
     torch.testing.assert_close(torch.cat([x for x, _, _ in found]), normal(images.x))
 
@@ -309,6 +314,7 @@ def test_wrong_loader(images, files):
     for options, says in (
         ({"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
         ({"batch_size": 2.5}, "batch_size: expected a whole number >= 1, got 2.5"),
+        ({"batch_size": True}, "batch_size: expected a whole number >= 1, got True"),
         ({"workers": -1}, "workers: expected a whole number >= 0"),
         ({"rank": 2, "world_size": 2}, "rank: expected 0 to 1, got 2"),
         ({"images": files}, "size: expected the side of the views of streamed images, got None"),

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fractal_kernels import bn_relu_join, masked_mean_join
+from fractal_kernels.ops import exported
 
 GPU = True
 K, C = 3, 5
@@ -234,3 +235,26 @@ def test_statistics_that_autograd_saved_are_known_to_have_moved():
     bn_relu_join([torch.randn(4, 3, 5, 5)], None, None, [mean], [torch.ones(3)], training=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+def test_what_does_not_know_our_operators_moves_them_alike(monkeypatch):
+    """By a momentum of each branch, of which not all are normalised, under a mask per sample; variances of a dtype of
+    their own."""
+    ys, mask = [torch.randn(4, 2, 3, 3) for _ in range(3)], torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 0]])
+    found = []
+    for tool in ("", "a test"):
+        monkeypatch.setattr(exported, "foreign_tool", lambda tool=tool: tool)
+        for momentum, dtype in ((torch.tensor([0.5, 0.25, 0.125]), torch.float32), (0.5, torch.float64)):
+            means = [torch.zeros(2), None, torch.zeros(2)]
+            moved = [torch.ones(2, dtype=dtype), None, torch.ones(2, dtype=dtype)]
+            options = {"normalised": [True, False, True], "reduction": "sum"}
+            out = bn_relu_join(ys, None, None, means, moved, mask, True, momentum, **options)
+            found.append([out, *means[::2], *moved[::2]])
+    torch.testing.assert_close(found[2:], found[:2])
+
+
+def test_gradients_of_biases_alone():
+    """In evaluation, with weights that are frozen."""
+    ys, bias = [torch.randn(4, 2, 3, 3)], torch.zeros(2, requires_grad=True)
+    out = bn_relu_join(ys, [torch.ones(2)], [bias], [torch.zeros(2)], [torch.ones(2)], activation="none")
+    assert torch.equal(torch.autograd.grad(out.sum(), bias)[0], torch.full((2,), 36.0))

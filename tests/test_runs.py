@@ -344,6 +344,7 @@ def test_only_the_papers_recipe_is_set_beside_the_paper(tmp_path, capsys):
     for folder, text in (("a", json.dumps(metrics_of(name))), ("b", "{"), ("c", '{"recipe": 3}'), ("d", "[]")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "metrics.json").write_text(text)
+    (tmp_path / "e" / "metrics.json").mkdir(parents=True)
     assert main(["compare", str(tmp_path)]) == 0
     assert "fractalnet20-drop/c10, full" in capsys.readouterr().out
 

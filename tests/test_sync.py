@@ -201,6 +201,16 @@ def test_a_batch_without_live_samples_is_not_counted(one_rank):
         torch.testing.assert_close(a, b)
 
 
+def test_a_rank_may_have_one_value(one_rank):
+    """Others may have more."""
+    net = fractalnet.FractalNet(7, 2, (4,), image_size=1, last_pool=False, activation="silu")
+    net.sync_batch_norm()
+    assert net(torch.randn(1, 3, 1, 1), full_path(1, 2)).isfinite().all()
+    norm = fk.BatchNormReLU2d(3)
+    fk.sync_batch_norm(norm)
+    assert norm(torch.randn(1, 3, 1, 1)).isfinite().all()
+
+
 def test_a_group_that_is_gone(one_rank):
     net = fk.BatchNormReLU2d(3)
     fk.sync_batch_norm(net)

@@ -282,8 +282,8 @@ def test_other_runs_are_refused(tmp_path, refused, whole, monkeypatch):
     assert files_of(whole) == before
 
 
-def test_overwriting(tmp_path, whole, refused):
-    """What was there goes, but not for a run that cannot begin."""
+def test_overwriting(tmp_path, whole, refused, monkeypatch):
+    """What was there goes, but not for a run that cannot begin; at the start, as what follows may be killed."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (out / "mine.txt").write_text("kept")
@@ -291,6 +291,11 @@ def test_overwriting(tmp_path, whole, refused):
     refused([*begin, "--data.source", "cifar9"], ["cifar9"])
     refused([*begin, "--network.columns", "12"], ["columns"])
     assert files_of(out) == files_of(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, PLACES["step"], 1)
+        with pytest.raises(Killed):
+            main([*begin, "--epochs", "1"])
+    assert not any((out / name).exists() for name in outputs.RESULTS)
     assert main([*begin, "--epochs", "1"]) == 0
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
     assert (out / "mine.txt").read_text() == "kept" and files_of(out) != files_of(whole)

@@ -11,6 +11,7 @@ pytest.importorskip("lightning")
 
 from fractalnet import checkpoints, outputs, sources, trained  # noqa: E402
 from fractalnet.__main__ import main  # noqa: E402
+from fractalnet.files import UserError  # noqa: E402
 from image_files import write_folder  # noqa: E402
 from test_runs import written as small  # noqa: E402
 from test_train import files_of, quick, whole, written  # noqa: E402, F401  (fixtures too)
@@ -169,3 +170,38 @@ def test_images_of_which_the_first_has_the_size(tmp_path):
 def test_a_channel_of_one_value_has_no_spread():
     for value in range(256):
         assert sources.statistics(torch.full((3, 1, 2, 2), value, dtype=torch.uint8), 255.0)[1] == (0.0,)
+
+
+def test_the_log_of_a_row(tmp_path, monkeypatch):
+    """TensorBoard counts in batches; of a row that cannot be written to its end nothing stays."""
+    log, seen = outputs.Log(FIRST, tmp_path, SimpleNamespace(tensorboard=False), 0, 5), []
+    log.board = SimpleNamespace(log_metrics=lambda *row: seen.append(row), save=lambda: None)
+    row = {"epoch": 2, "holdout": {"full": {"loss": 0.5}}}
+    log.write(row, [row])
+    assert seen == [({"epoch": 2, "holdout/full/loss": 0.5}, 10)]
+    before = (tmp_path / outputs.ROWS).read_bytes()
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(outputs.os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write to the folder .* no space left; "):
+        log.write(row, [row, row])
+    assert (tmp_path / outputs.ROWS).read_bytes() == before
+
+
+def test_a_folder_that_is_free_again(tmp_path, monkeypatch):
+    """After data workers of a training that was killed have noticed; and where the file system has no locks."""
+    fcntl, calls = pytest.importorskip("fcntl"), []
+    fabric = SimpleNamespace(is_global_zero=True, broadcast=lambda taken: taken)
+    for errors in ([BlockingIOError()] * 2, [OSError("no locks available")]):
+
+        def flock(handle, how, errors=errors):
+            calls.append(how)
+            if errors:
+                raise errors.pop()
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with outputs.alone(fabric, tmp_path):
+            pass
+    assert len(calls) == 3 + 1
