@@ -151,7 +151,8 @@ def unfuse(model: nn.Module) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    own = {m.conv for m in model.modules() if isinstance(m, ConvBNReLU)}
+    steps = [m for m in model.modules() if isinstance(m, ConvBNReLU)]
+    own = {m.conv for m in steps}
     plain = {BatchNormReLU2d: nn.BatchNorm2d, FusedReLU: nn.ReLU, StepConv2d: nn.Conv2d}
     found = {m: name for name, m in model.named_modules() if isinstance(m, tuple(plain)) and m not in own}
     made = {m: name for m, name in found.items() if not isinstance(m, BatchNormReLU2d) or m.marks}
@@ -164,6 +165,8 @@ def unfuse(model: nn.Module) -> list[str]:
         module.__class__ = plain[type(module)]
         for attribute in ("marks", "alone", "recompute"):
             vars(module).pop(attribute, None)
+    for step in steps:
+        step.conv.recompute = step.recompute
     return [name for module, name in made.items() if type(module) is nn.BatchNorm2d]
 
 

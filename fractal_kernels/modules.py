@@ -212,7 +212,7 @@ class ConvBNReLU(nn.Module):
             step = checks.pair("ConvBNReLU", "dilation", dilation, 1)
             padding = (step[0] * (size[0] - 1) // 2, step[1] * (size[1] - 1) // 2)
         self.conv = StepConv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **made)
-        self.conv.recompute = recompute
+        self.recompute = self.conv.recompute = recompute
         self.bn = BatchNormReLU2d(out_channels, eps, momentum, affine, track_running_stats, **made)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -93,6 +93,14 @@ def test_what_is_changed_after_fuse(change, tool):
     torch.testing.assert_close(TOOLS[tool](model, x), eager(x), rtol=1e-10, atol=1e-10)
 
 
+def test_steps_recompute_as_they_were_made():
+    model = nn.Sequential(fk.ConvBNReLU(3, 4), fk.ConvBNReLU(4, 4, recompute=True))
+    fk.fuse(model, recompute=True)
+    assert [step.conv.recompute for step in model] == [True, True]
+    fk.unfuse(model)
+    assert [step.conv.recompute for step in model] == [False, True]
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 def test_unfuse(recompute):
     model = ResNet(shared=True).double()
