@@ -10,7 +10,6 @@ written after every stage, its plots, the names of the tests that passed, and th
 the same commit, with nothing changed, goes on with the tests and rows that are not there. Where the files travel
 without their git, FRACTAL_COMMIT names the commit.
 Ends with a summary of at most 60 lines; exits 1 if a stage failed, which to run out of time is not.
-
 --dry-run needs no GPU: it collects what the stages would run, and says why they do not.
 """
 
@@ -251,7 +250,9 @@ class Round:
             if failures.exists():
                 raise Failed(f"{late}\nfailed: {failures.read_text().strip()}") from late
             cut = f"\n{late}"
-        return counts(logs) + (f"; {len(before)} passed before" if before else "") + cut
+        if not (said := counts(logs)) and not before and not cut:
+            raise Failed("no test ran")
+        return said + (f"; {len(before)} passed before" if before else "") + cut
 
     def sanitize(self) -> str:
         """Of our kernels alone: under these tools PyTorch's would take the time. But initcheck has to see all writes,
@@ -367,7 +368,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: PyTorch sees no CUDA device; --dry-run collects what would run", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends as an interrupt does
     options.results.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     this = Round(options.results, options.processes, deadline, options.select, options.tests)
@@ -396,4 +396,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends as an interrupt does
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .ops.weights import wide_weights
 from .schedule import plan, schedule
 
 _OPS = torch.ops.fractal_kernels
+_calls = itertools.count(1)
 
 
 def _of(op: Any, x: Tensor, path: Tensor) -> Any:
@@ -76,6 +78,12 @@ def _gradients(ctx: Any, grad: Tensor, *_unused: object) -> Gradients | None:
     return gradients(ctx, source, [x, None, conv_bias, gamma, beta, None, None, *options, *weights], grad)
 
 
+@compiling.assume_constant_result
+def _number_of_a_call() -> int:
+    """Another for each that is traced."""
+    return next(_calls)
+
+
 class _Block(torch.autograd.Function):
     # *args: of a signature with as many names as a call has arguments, torch.compile takes it that ctx is not one.
     @staticmethod
@@ -100,6 +108,7 @@ class _Block(torch.autograd.Function):
             fixed,
             backend,
             group,
+            _number_of_a_call() if dropout and mean is None and torch.compiler.is_compiling() else 0,
         )
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
         ctx.options = (dense, dropout, eps, flags, fixed, backend, group)

@@ -8,7 +8,8 @@ Every segment of the batch (``block_rows``) goes through this with its own tenso
 parameters are added over segments.
 The path is data: under torch.compile the operators are opaque and take it as a small tensor. One on the host chooses
 what runs, which a CUDA graph of the compiler's would keep as it was: of such paths the overload is ``host``, which is
-tagged to stay out of them.
+tagged to stay out of them. For dropout forward is tagged as random, so that a compiled checkpoint draws the same noise
+again; and every traced call of it has a number of its own (``call``), else compilers take two calls for one.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ for _overload, _tags in (("", ()), (".host", (torch.Tag.cudagraph_unsafe,))):
     _LIB.define(
         f"block_forward{_overload}(Tensor x, Tensor[] weights, Tensor? conv_bias, Tensor? gamma, Tensor? beta,"
         " Tensor? mean, Tensor? var, Tensor path, bool dense, Tensor? live, float dropout, float eps, int flags,"
-        " bool save, bool fixed, str backend, str group) -> Tensor[]",
-        tags=_tags,
+        " bool save, bool fixed, str backend, str group, int call=0) -> Tensor[]",
+        tags=(*_tags, torch.Tag.nondeterministic_seeded),
     )
     _LIB.define(
         f"block_backward{_overload}(Tensor grad, Tensor x, Tensor[] weights, Tensor? gamma, Tensor? beta, Tensor mean,"
@@ -69,6 +70,7 @@ def _block_forward(
     fixed: bool,
     backend: str,
     group: str,
+    call: int = 0,
 ) -> list[Tensor]:
     """[out, count, mean, var, *saved]: saved is the joins, then per row the outputs and dropout masks of
     its convs; where ``fixed``, of a size that does not depend on the path."""
@@ -328,6 +330,7 @@ def _block_forward_fake(
     fixed: bool,
     backend: str,
     group: str,
+    call: int = 0,
 ) -> list[Tensor]:
     s = schedule(len(weights).bit_length())
     units, dtype = len(s.units), accumulate_dtype(x.dtype)

@@ -79,9 +79,8 @@ def fuse(model: nn.Module, *, recompute: bool = False) -> FuseReport:
     chance, nothing is known. Hooks of containers are called with torch.fx's proxies. If it cannot be traced, each of
     its modules is traced by itself, assuming that the model runs each as a whole and holds them all as modules. Code
     that reads the tensor between a batch norm and its ReLU, another method of the model too, sees it with the ReLU
-    applied. Under ``torch.compile`` a
-    ReLU that no trace saw do anything else does nothing: where batch norms were replaced since, call ``fuse`` again
-    before it.
+    applied. Under ``torch.compile`` a ReLU that no trace saw do anything else does nothing: where batch norms were
+    replaced since, call ``fuse`` again before it.
 
     Plain 3x3 convolutions (stride and padding 1, no bias, no groups) run as in :func:`conv_bn_relu`, whatever follows
     them (their class is another then): on the CPU they are faster if the model and its input are in channels_last.

@@ -106,5 +106,5 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = mode
         with torch.inference_mode():  # outside of which nobody writes into what was made in it
             for buffer, version, value in buffers:
-                if version is None or version != _version(buffer):
+                if version != _version(buffer) or (version is None and not buffer.is_meta and buffer.ne(value).any()):
                     buffer.copy_(value)

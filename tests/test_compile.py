@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_compiler
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from fractal_kernels import (
     BatchNormReLU2d,
@@ -222,6 +223,26 @@ def test_a_block_of_one_channel_with_dropout():
     path = torch.ones(1, 1, dtype=torch.bool)
     arguments = (torch.randn(2, 1, 4, 4), [torch.randn(4, 1, 3, 3)], *[None] * 5, path, False, None, 0.3, 1e-5, 10)
     torch.library.opcheck(OPS.block_forward.default, (*arguments, True, True, "cpu", ""), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_noise_of_compiled_blocks(compiler):
+    """Of two calls in one graph each has its own; a checkpoint that computes one again has that again."""
+    torch.manual_seed(0)
+    net, x = FractalNet(5, 2, (16,), image_size=8, dropout=[0.5]), torch.randn(4, 3, 8, 8)
+    path = full_path(1, 2)
+
+    def gradients(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        out = torch.compile(function, fullgraph=True, backend=compiler)(x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), net.parameters())]
+
+    plain = gradients(lambda x: net(x, path))
+    for got, want in zip(gradients(lambda x: checkpoint(net, x, path, use_reentrant=False)), plain, strict=True):
+        torch.testing.assert_close(got, want)
+    both = torch.compile(lambda x: net(x, path) - net(x, path), fullgraph=True, backend=compiler)
+    assert both(x).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("where", ["the host", "the device", "evaluation"])

@@ -209,6 +209,13 @@ def test_metadata_that_json_does_not_know(function, metadata, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_of_names_that_are_no_unicode(tmp_path):
+    """Such as a class folder's, which Python reads with surrogates."""
+    export.to_pt2(trained(), tmp_path / "net.pt2", metadata={"classes": ["caf\udce9"]})
+    torch.export.load(tmp_path / "net.pt2", extra_files=(held := {"classes": ""}))
+    assert json.loads(held["classes"]) == ["caf\udce9"]
+
+
 # --- columns as files --------------------------------------------------------------------------------
 
 

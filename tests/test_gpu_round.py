@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,25 @@ def test_without_a_gpu(monkeypatch, tmp_path, capsys):
     assert gpu.main(["--results", str(tmp_path / "results")]) == 1
     assert "PyTorch sees no CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_scheduler_ends_cleans_up():
+    """As an interrupt does: by an exception, not at once."""
+    command = [sys.executable, "-u", "-m", "benchmarks.gpu", "--dry-run"]
+    with subprocess.Popen(command, cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert "build: " in process.stdout.readline()
+        process.terminate()
+        assert process.wait(60) == 143
+
+
+def test_a_round_without_tests_has_failed(tmp_path, monkeypatch):
+    """By whatever number of processes."""
+    monkeypatch.setattr(gpu, "finish", lambda processes, *_: [process.wait(120) for process in processes])
+    for processes in (1, 2):
+        this = SimpleNamespace(processes=processes, scratch=tmp_path, path=tmp_path / "a.json", goes_on=False)
+        this.limit, this.tests, this.log = 60, "of_no_such_name", lambda name: tmp_path / f"{name}.txt"
+        with pytest.raises(gpu.Failed, match="no test ran"):
+            gpu.Round.test(this)
 
 
 def test_unknown_stage(capsys):

@@ -206,6 +206,9 @@ def test_a_rank_may_have_one_value(one_rank):
     net = fractalnet.FractalNet(7, 2, (4,), image_size=1, last_pool=False, activation="silu")
     net.sync_batch_norm()
     assert net(torch.randn(1, 3, 1, 1), full_path(1, 2)).isfinite().all()
+    assert not net.blocks[0].num_batches_tracked.any()  # of all ranks it is the only one
+    assert net(torch.randn(2, 3, 1, 1), full_path(1, 2)).isfinite().all()
+    assert (net.blocks[0].num_batches_tracked[0] == 1).all()
     norm = fk.BatchNormReLU2d(3)
     fk.sync_batch_norm(norm)
     assert norm(torch.randn(1, 3, 1, 1)).isfinite().all()

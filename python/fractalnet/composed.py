@@ -69,7 +69,7 @@ class _Split(torch.autograd.Function):
 
 
 class ComposedBlock(Block):
-    r"""A fractal block of which only the part that lives under a path runs, unit by unit.
+    r"""A fractal block, unit by unit, of which only the part that lives under a path for the batch runs.
 
     .. math:: f_1(z) = conv(z), \qquad f_{C+1}(z) = (f_C \circ f_C)(z) \oplus conv(z)
 
@@ -81,7 +81,7 @@ class ComposedBlock(Block):
     ``weights_1x1`` and ``projections`` by the unit's id where there are any, and ``gamma``, ``beta``, ``conv_bias``,
     vectors of all units side by side, as the running statistics [S, sum of widths] are: S sets as in
     :class:`FractalBlock`. Gradients of what does not live are zeros, not None. Under ``torch.compile`` the block runs
-    as it is, between two graphs, but for ``dense``.
+    as it is, between two graphs, but for ``dense`` and paths per sample.
 
     Args:
         in_channels: C_in. widths: output channels of every column's convolutions, shallowest column first; C of them.
@@ -234,7 +234,7 @@ class ComposedBlock(Block):
                 if ran is None:
                     if keep.dim() == 2 and dense:
                         live = live_units(self.schedule, keep)
-                    count = self._count(x, runs, live, x.shape[0] if keep.dim() == 2 else 1)
+                    count = self._count(x, runs, live)
                     if self.sync_group is not None:
                         count = sync.add(count, sync.name_of("FractalNet", self.sync_group))
                     ran = count > 1
@@ -262,14 +262,15 @@ class ComposedBlock(Block):
                 f"ComposedBlock: expected keep bool of shape {list(shape)}, got {keep.dtype} {list(keep.shape)}"
             )
 
-    def _count(self, x: Tensor, runs: set[int], live: list[Tensor] | None, samples: int) -> Tensor:
-        """Values per unit [U]: of this many samples, if it lives (``live``, or None: if it runs); of a path per sample,
-        of the samples for which it is live."""
-        values = x.shape[2] * x.shape[3] * samples
+    def _count(self, x: Tensor, runs: set[int], live: list[Tensor] | None) -> Tensor:
+        """Values per unit [U]: of all samples, if it lives (``live``, or None: if it runs); of a path per sample, of
+        the samples for which it is live."""
+        pixels = x.shape[2] * x.shape[3]
         if live is not None:
             alive = torch.stack(live)
-            return (alive.sum(1) if alive.dim() == 2 else alive) * values
-        one = torch.full((1,), values, device=x.device)  # no list of the host's: a CUDA graph cannot copy from there
+            return alive.sum(1) * pixels if alive.dim() == 2 else alive * (pixels * x.shape[0])
+        # No list of the host's: a CUDA graph cannot copy from there.
+        one = torch.full((1,), pixels * x.shape[0], device=x.device)
         zero = torch.zeros_like(one)
         return torch.cat([one if i in runs else zero for i in range(len(self.sizes))])
 

@@ -218,6 +218,7 @@ def load(name: str, argv: Sequence[str] = (), also: str = "") -> tuple[Config, d
         recipe = {**recipe, "network": {}}  # columns and channels of its own are not those of a network by name
     start = ["--recipe", yaml.safe_dump(recipe)]
     alone = attempt(made, start, what, also)
+    check(alone, what)
     found = attempt(made, [*start, *dashes(argv)], "train", also)
     kept = {key: found.schedule[key] == alone.schedule[key] for key in ("milestones", "warmup")}
     if kept["milestones"] and not given & {"--schedule", "--schedule.milestones", "--schedule.milestones+"}:

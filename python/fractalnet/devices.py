@@ -57,7 +57,7 @@ def fabric_for(config: Config) -> Fabric:
         # Else Lightning raises an error of its own, or every process is a training by itself, in the same folder.
         got = f"{here} times {config.nodes}"
         raise UserError(f"train: expected --devices times --nodes to be {started}, torchrun's processes, got {got}")
-    if config.nodes > 1 and "NODE_RANK" not in os.environ:
+    if config.nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         if isinstance(fabric.strategy.cluster_environment, LightningEnvironment):  # it waits for the others, in silence
             raise UserError(f"train: --nodes {config.nodes}: expected torchrun to start every machine's part, got none")
     if config.precision == "fp64":  # the loss too: Fabric makes float32 of what a network returns

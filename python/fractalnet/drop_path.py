@@ -175,7 +175,7 @@ def sample_path(
         blocks, columns: B and C. batch_size: N.
         local_drop: probability of dropping an input of a join.
         global_ratio: share of global paths: of batches, or of the samples of every batch (its last ones, column by
-            column: a batch is in random order, and neighbours that keep one column run nothing else; the deepest one
+            column: a batch is in random order, and neighbours that keep one column may run nothing else; the deepest
             first, beside the samples that run everything, so that most of its convolutions are one for both).
         granularity: "batch" or "sample".
         mixture: "random", or "alternating": whole batches are global or local in turn, by ``step``.

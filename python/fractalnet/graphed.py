@@ -191,16 +191,14 @@ class GraphedStep:
             path = self.net.sample_path(len(x))
         shape = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
         self._shape = self._shape or shape
-        if self.problem or shape != self._shape or not self.net.training:
-            return self.work(x, y, path, False)
-        if not self._holds() and not self._begin():
-            return self.work(x, y, path, False)
+        if self.problem or shape != self._shape or not self.net.training or not (self._holds() or self._begin()):
+            return self._plainly(x, y, path)
         kind = None if path is None else path.column
         if kind not in self._graphs:
             self._graphs[kind] = _Graph(x, y, path, self.device)
         graph = self._graphs[kind]
         if not graph.fits(path):
-            return self.work(x, y, path, False)
+            return self._plainly(x, y, path)
         graph.fill(x, y, path)
         if graph.replay is None:
             if graph.uses < self.warmup:
@@ -208,13 +206,17 @@ class GraphedStep:
                 with self._on_the_device():
                     return self.capturer.warm(lambda: self._call(graph))
             if not self._capture(graph):
-                return self.work(x, y, path, False)
+                return self._plainly(x, y, path)
         self._fill_rates()
         graph.replay()
         self._replays += 1
         if self._replays >= WORTH:
             self._in_vain = 0
         return graph.out.clone()
+
+    def _plainly(self, x: Tensor, y: Tensor, path: Path | None) -> Tensor:
+        x, y = (t.to(self.device, non_blocking=True) for t in (x, y))
+        return self.work(x, y, path, False)
 
     def _settings(self) -> list[object]:
         """What a capture records of the optimizer, but for the learning rates and its state, and of the network."""
@@ -233,12 +235,13 @@ class GraphedStep:
         return there and all(held.get(key) is t for held, key, t in self._moments)
 
     def _begin(self) -> bool:
-        """Starts anew, after another setting or state; False: this has come so often that graphs are no use."""
+        """Starts anew, after a change of what holds; False: this has come so often that graphs are no use."""
         self._in_vain += self._recorded is not None
         self._replays = 0
         self._forget()
         if self._in_vain > PATIENCE:
-            self.problem = "the optimizer's settings or state change so often that captures are hardly ever used"
+            what = "the optimizer's settings or state, or what of the network trains,"
+            self.problem = f"{what} change so often that captures are hardly ever used"
             warnings.warn(f"GraphedStep: {self.problem}; steps run one kernel at a time", stacklevel=3)
             return False
         self._recorded, self._state = self._settings(), self.optimizer.state
@@ -314,7 +317,6 @@ def _problem(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.dev
         return "batch norms are synchronised: a process that cannot capture would leave the others waiting"
     if isinstance(net, DistributedDataParallel):
         return "gradients of several processes are averaged: one that cannot capture would leave the others waiting"
-    if isinstance(net, FractalNet):
-        if net.global_mode == "tied":
-            return 'global_mode "tied" draws its path inside the step'
+    if isinstance(net, FractalNet) and net.global_mode == "tied":
+        return 'global_mode "tied" draws its path inside the step'
     return ""

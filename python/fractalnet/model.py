@@ -53,9 +53,9 @@ class FractalNet(nn.Module, Hub):
             and every column alone run on each batch, with the same weights and their own statistics, and
             :func:`tied_loss` weighs their losses.
         path_seed: of the sequence of paths, which depends on it and on the number of the step alone.
-        stats: under paths per sample, batch statistics of a unit run over its "live" samples, and on the CPU, where it
-            is faster, neighbouring samples that keep one column run nothing else; or over "all" samples, as in other
-            implementations, and all runs.
+        stats: under paths per sample, batch statistics of a unit run over its "live" samples, and in fused blocks on
+            the CPU, where it is faster, neighbouring samples that keep one column run nothing else; or over "all"
+            samples, as in other implementations, and all runs.
         pool, last_pool: "max" or "avg"; whether the last block has one too.
         pool_order: of max-pools, "before_join" (each column pooled: the authors' code) or "after_join" (the authors'
             figure). For the average both are the same.

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -108,15 +109,16 @@ def alone(fabric: Fabric, out: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def prepare(fabric: Fabric, out: Path, anew: bool) -> None:
+def prepare(fabric: Fabric, out: Path, anew: bool, board: bool = False) -> None:
     """Makes the folder ready on the first rank: what an earlier run left goes, unless it is gone on with."""
     fabric.barrier()  # every rank has looked at the folder
     folder = out / "checkpoints"
     if fabric.is_global_zero:
         try:
             old = list(folder.glob(FOLDERS["checkpoints"][1]))  # of a run that was killed while it wrote
-            old += [file for name in (*LOGS, *RESULTS, *FILES) for file in out.glob(f".{name}.*.tmp")]
-            if (out / "tensorboard").is_file():
+            ours = re.compile(rf"\.({'|'.join(map(re.escape, (*LOGS, *RESULTS, *FILES)))})\.\d+\.tmp")
+            old += [file for file in out.iterdir() if ours.fullmatch(file.name)]
+            if board and (out / "tensorboard").is_file():
                 raise UserError(f"{out / 'tensorboard'}: expected a folder, or nothing, got a file")
             if anew:
                 old += [file for name, kinds in FOLDERS.items() for kind in kinds for file in (out / name).glob(kind)]
@@ -188,8 +190,9 @@ class Log:
         path = self.out / name
         size = path.stat().st_size if path.exists() else 0
         try:
-            half = bool(size) and path.read_bytes()[-1:] != b"\n"  # a row, where a machine went down
-            with open(path, "ab") as file:
+            with open(path, "ab+") as file:
+                file.seek(max(0, size - 1))
+                half = file.read() not in (b"", b"\n")  # a row, where a machine went down
                 file.write(b"\n" * half + json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -354,7 +354,7 @@ def run(
     with folder_for(out), outputs.alone(fabric, out):
         checkpoint = outputs.find(out, resume, overwrite)
         this = Run(config, plain, name, fabric)  # looks at data and options before anything in the folder changes
-        outputs.prepare(fabric, out, anew=checkpoint is None)
+        outputs.prepare(fabric, out, checkpoint is None, config.tensorboard)
         if checkpoint is not None:
             this.resume(out, checkpoint)
         log = outputs.Log(fabric, out, config, this.steps, len(this.loader))
