@@ -1,6 +1,7 @@
 """Graphed steps whose optimizer, rates, frozen weights or processes are not those of the capture any more."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_which_networks_and_optimizers_can_be_captured():
     first, *others = net.parameters()
     groups = [{"params": [first], "fused": True}, {"params": others, "fused": False}]
     assert "fused=True" in _problem(net, torch.optim.SGD(groups, lr=0.1), torch.device("cuda"))
+
+
+def test_a_batch_of_the_host():
+    """Is on the network's device wherever a step runs: here one without memory."""
+    seen, capturer = [], SimpleNamespace(warm=lambda call: call(), forget=lambda: None)
+    net = PlainNet(5, 1, (4,), image_size=8).to("meta")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    step = GraphedStep(net, optimizer, lambda x, y, *_: seen.append((x.device, y.device)), capturer=capturer)
+    for x, y in [*batches(1), *batches(1, size=3)]:  # captured if it came again, and of another shape
+        step(x, y)
+    assert {device.type for devices in seen for device in devices} == {"meta"} and len(seen) == 2
 
 
 def test_casts_that_an_outer_autocast_keeps():
