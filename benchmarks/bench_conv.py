@@ -2,7 +2,9 @@
 
 The figures behind `fits` in fractal_kernels/cpu_conv.py and `wide_is_faster` in fractal_kernels/block_rows.py: of
 forward and backward, without the gradient of an image, but for those of few pixels. Kept in results/conv: make bench
-ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", and few.json with -k few_pixels.
+ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", few.json with -k few_pixels; and in results/halves
+conv.json with -k test_halves, on a processor with AMX, and with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 or AVX512_CORE,
+by which PyTorch's is as on a processor without, conv_avx512_bf16.json and conv_avx512.json.
 """
 
 from __future__ import annotations
@@ -74,6 +76,16 @@ FEW = [
     (1, 256, 256, 8),
     (1, 512, 512, 7),
     (2, 512, 512, 2),
+]
+
+
+NARROW = [
+    (64, 512, 512, 7),
+    (32, 256, 256, 6),
+    (64, 512, 512, 5),
+    (64, 512, 512, 4),
+    (256, 128, 128, 4),
+    (64, 256, 256, 2),
 ]
 
 
@@ -160,6 +172,39 @@ def test_conv(compare: Callable[..., None], case: tuple[int, ...]) -> None:
         "conv",
         f"cpu_conv, batch {n}, {c} to {k} channels, {size}x{size}",
         {"ours": lambda _: call(cpu_conv), "library": lambda _: call(Library)},
+        ROUNDS,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        *((torch.bfloat16, case) for case in (*SHAPES, *NARROW)),
+        *((torch.float16, case) for case in ((50, 32, 32, 16), (50, 128, 128, 4), (16, 512, 512, 2))),
+    ],
+    ids=lambda value: dash(value) if isinstance(value, tuple) else str(value),
+)
+def test_halves(compare: Callable[..., None], dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    """Ours beside PyTorch's in bfloat16 and float16, and ours in float32."""
+    n, c, k, size = case
+    x, weight, grad = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
+
+    def call(kernel: ModuleType | type[Library], *operands: Tensor) -> list[Tensor]:
+        x, weight, grad = operands
+        y, dweight = kernel.conv(x, weight), torch.empty_like(weight)
+        dx = kernel.conv_backward(grad, x, weight, c > 3, dweight)
+        return [y, dweight, *([] if dx is None or c <= 3 else [dx])]
+
+    halves = [t.to(dtype) for t in (x, weight, grad)]
+    hold_together("conv", call(cpu_conv, *halves), call(Library, *(t.float() for t in halves)), 1e-2)
+    compare(
+        "conv",
+        f"cpu_conv in {str(dtype).removeprefix('torch.')}, batch {n}, {c} to {k} channels, {size}x{size}",
+        {
+            "ours": lambda _: call(cpu_conv, *halves),
+            "library": lambda _: call(Library, *halves),
+            "float32": lambda _: call(cpu_conv, x, weight, grad),
+        },
         ROUNDS,
     )
 

@@ -18,12 +18,17 @@ from benchmarks.cases import GPU_NETS, NETS, Net
 from benchmarks.compare import hold_together
 from benchmarks.steps import MOMENTUM, TOLERANCE, full_path, gate, held_bytes, three_nets
 
+LOWER_TOLERANCE = 5e-2  # of logits in bfloat16
 FORTY = replace(GPU_NETS["fractalnet40"], batch=20, title="FractalNet-40, batch 20")
 
 
-@pytest.mark.parametrize("name", list(NETS))
-def test_training_step(compare: Callable[..., None], name: str) -> None:
-    """zero_grad, forward, cross-entropy, backward, SGD with momentum.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, None) for name in NETS), *((name, torch.bfloat16) for name in ("c3", "wide"))],
+    ids=[*NETS, "c3-bf16", "wide-bf16"],
+)
+def test_training_step(compare: Callable[..., None], name: str, dtype: torch.dtype | None) -> None:
+    """zero_grad, forward, cross-entropy, backward, SGD with momentum; with a dtype, under autocast.
 
     Round i is path i of a fixed list for ours and for the compiled network, which takes it as a
     mask; the public-style network draws its per-sample masks itself, and ours a path that it does
@@ -39,21 +44,37 @@ def test_training_step(compare: Callable[..., None], name: str) -> None:
 
     last, generator = copy.deepcopy(public).to(memory_format=torch.channels_last), torch.Generator()
 
+    def cast(forward: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        def run(i: int) -> Tensor:
+            with torch.autocast("cpu", dtype):
+                return forward(i).float()
+
+        return run if dtype else forward
+
+    @cast
     def own(i: int) -> Tensor:
         ours.sample_path(net.batch, generator)
         return ours(x_last, path=paths[i % net.paths])
+
+    @cast
+    def dense_compiled(i: int) -> Tensor:
+        return compiled(x_last, paths[i % net.paths].keep)
+
+    if dtype:
+        with torch.no_grad():
+            hold_together("in a lower precision", [own(0)], [dense_compiled(0)], LOWER_TOLERANCE)
 
     def extra(row: dict[str, Any]) -> dict[str, float]:
         return {"vs_eager_nhwc": row["ratios"]["eager_nhwc"]["figures"]}
 
     contenders = {
         "ours": stepper(ours, own, y, MOMENTUM),
-        "eager": stepper(public, lambda i: public(x), y, MOMENTUM),
-        "eager_nhwc": stepper(last, lambda i: last(x_last), y, MOMENTUM),
-        "compiled": stepper(dense, lambda i: compiled(x_last, paths[i % net.paths].keep), y, MOMENTUM),
+        "eager": stepper(public, cast(lambda i: public(x)), y, MOMENTUM),
+        "eager_nhwc": stepper(last, cast(lambda i: last(x_last)), y, MOMENTUM),
+        "compiled": stepper(dense, dense_compiled, y, MOMENTUM),
     }
-    rounds = net.paths * net.passes
-    compare("step", f"training step, {net.title}", contenders, rounds, cycle=net.paths, extra=extra)
+    rounds, title = net.paths * net.passes, f"training step, {net.title}{', bf16 (autocast)' if dtype else ''}"
+    compare("step", title, contenders, rounds, cycle=net.paths, extra=extra)
 
 
 @pytest.mark.parametrize("net", [NETS["c3"], FORTY], ids=["c3", "fractalnet40"])

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-SETTINGS = ("FRACTAL_CPU_ISA", "LD_PRELOAD", "MALLOC_")  # variables of the environment that figures depend on
+SETTINGS = ("FRACTAL_CPU_ISA", "LD_PRELOAD", "MALLOC_", "ONEDNN_")  # of the environment what figures depend on
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
 GROUPS = ("join", "step", "residual", "memory", "depth", "conv")
 

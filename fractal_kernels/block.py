@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, compiling, reference, sync
+from . import backends, checks, compiling, cpu_conv, reference, sync
 from . import block_ops as _block_ops  # noqa: F401  registers the operators
 from .block_rows import live_samples
 from .library import POOL, Flags, accumulate_dtype, to_layout
@@ -201,9 +201,9 @@ def fractal_block(
     conv is 3x3 convolution, batch norm, ReLU; all columns that end at one row meet in one mean.
 
     Args:
-        x: [N, C_in, H, W], processed in channels_last. On the CPU in float32, where C_in and K are multiples of 16 (or
-            C_in is less), convolutions, but of one image of fewer than 64 pixels, are by Winograd's method: errors
-            within 4e-6 of the largest value for up to 256 channels, but NaN around infinity.
+        x: [N, C_in, H, W], processed in channels_last. On the CPU, where C_in and K are multiples of 16 (or C_in is
+            less), convolutions are this package's, as in :func:`conv_bn_relu`: by Winograd's method, with errors within
+            4e-6 of the largest value for up to 256 channels, but NaN around infinity.
         weights: R = 2**(C-1) wide weights, row r's [n_r*K, C_in (r = 0) or K, 3, 3]: the n_r columns that start there,
             shallow first (``schedule(C).starts``); copied where they are not in channels_last.
         gamma, beta, conv_bias: [U, K], U = 2**C - 1 units in the schedule's order, or None.
@@ -313,7 +313,9 @@ def fractal_block(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )
     bias = None if conv_bias is None else conv_bias.to(x.dtype)
-    read = _cast(weights, x.dtype, columns, None if per_sample or dense else path)
+    # Those of the CPU read weights of float32 as they are: there are no copies, and gradients are not rounded.
+    as_they_are = bias is None and cpu_conv.computes(x, channels, backend) and all(w.dtype == dtype for w in weights)
+    read = _cast(weights, dtype if as_they_are else x.dtype, columns, None if per_sample or dense else path)
     params = distinct([bias, *vectors, *read])
     result = _Block.apply(  # type: ignore[no-untyped-call]
         to_layout(x, True), path, *params[:5], dense, live, float(dropout), checks.eps(op, eps), flags, save,

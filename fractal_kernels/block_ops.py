@@ -78,7 +78,7 @@ def _block_forward(
     units = len(schedule(len(weights).bit_length()).units)
     channels = sum(w.shape[0] for w in weights) // units
     training = mean is None
-    our_convs = conv_bias is None and cpu_conv.computes(x.dtype, channels, backend)
+    our_convs = conv_bias is None and cpu_conv.computes(x, channels, backend)
     rows = Rows(weights, channels, path, dense, flags, x, group if training else "", our_convs)
     dtype = accumulate_dtype(x.dtype)
     count = x.new_empty(units, dtype=dtype)
@@ -102,7 +102,7 @@ def _block_forward(
             bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
             inputs, weight = conv.part(source), rows.weight(conv.group, weights)
             own = bias is None and cpu_conv.fits(inputs, weight, backend)
-            y = cpu_conv.conv(inputs, weight) if own else torch.conv2d(inputs, weight, bias, padding=1)
+            y = cpu_conv.conv(inputs, weight) if own else torch.conv2d(inputs, weight.to(x.dtype), bias, padding=1)
             if dropout and training:
                 y, noise = _aten.native_dropout(y, dropout, True)
                 noises.append(to_layout(noise, True))
@@ -168,7 +168,7 @@ def _block_backward(
     """
     launch = backends.launcher(backend)
     units, channels = mean.shape
-    our_convs = not conv_bias and cpu_conv.computes(x.dtype, channels, backend)
+    our_convs = not conv_bias and cpu_conv.computes(x, channels, backend)
     rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", our_convs)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = rows.unpack(weights, saved, bool(dropout) and batch_stats, fixed)
@@ -254,8 +254,9 @@ def _block_backward(
             else:
                 sizes, want = ([dy.shape[1]] if conv_bias else None), [needs_source, needs_weight, conv_bias]
                 dsource, dweight, dbias = _aten.convolution_backward(
-                    dy, source, weight, sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
+                    dy, source, weight.to(dy.dtype), sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
                 )
+                dweight = dweight.to(weight.dtype) if needs_weight else None
                 if conv_bias:
                     first, n = conv.group[0].id, len(conv.group)
                     dconv_bias[first : first + n] += dbias.view(n, channels)

@@ -12,7 +12,6 @@ import re
 import threading
 import time
 
-import fractalnet
 import pytest
 import torch
 import unread
@@ -24,6 +23,10 @@ THREADS = 2
 # Of the largest value: 2**-24 for every operand, times the growth of transforms, and of sums over 256 channels or, in
 # the gradient of a weight, 2**16 pixels.
 TOLERANCE = 4e-6
+# And of a number itself, to which its own dtype rounds it.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+HALVES = [torch.bfloat16, torch.float16]
+OF_BOTH = [(dtype, dtype) for dtype in ROUNDING] + [(dtype, torch.float32) for dtype in HALVES]  # images, weights
 # batch, input channels, output channels, height, width
 SHAPES = [
     (0, 16, 32, 4, 4),
@@ -54,29 +57,30 @@ SHAPES = [
 ]
 
 
-def images(*shape: int) -> torch.Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last)
+def images(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def operands(n, c, k, h, w):
+def operands(n, c, k, h, w, dtype=torch.float32, of_weight=None):
     """x, the second half of a wide weight, the gradient of the output."""
     torch.manual_seed(0)
-    wide = torch.randn(2 * k, 3, 3, c).permute(0, 3, 1, 2)
-    return images(n, c, h, w), wide[k:], images(n, k, h, w)
+    wide = torch.randn(2 * k, 3, 3, c, dtype=of_weight or dtype).permute(0, 3, 1, 2)
+    return images(n, c, h, w, dtype=dtype), wide[k:], images(n, k, h, w, dtype=dtype)
 
 
-def against_the_definition(kernel, n, c, k, h, w):
-    x, weight, grad = operands(n, c, k, h, w)
+def against_the_definition(kernel, n, c, k, h, w, dtype=torch.float32, of_weight=None):
+    x, weight, grad = operands(n, c, k, h, w, dtype, of_weight)
     x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
     y64 = torch.conv2d(x64, w64, padding=1)
     dx64, dw64 = torch.autograd.grad(y64, (x64, w64), grad.double())
-    full = torch.full((3 * k, 3, 3, c), float("nan")).permute(0, 3, 1, 2)
+    full = torch.full((3 * k, 3, 3, c), float("nan"), dtype=weight.dtype).permute(0, 3, 1, 2)
     y, dx = kernel.conv(x, weight), kernel.conv_backward(grad, x, weight, True, full[k : 2 * k])
     terms = {"y": c / 2**8, "dx": k / 2**8, "dw": n * h * w / 2**16}
     for name, got, want in (("y", y, y64), ("dx", dx, dx64), ("dw", full[k : 2 * k], dw64)):
-        assert got.shape == want.shape
+        assert got.shape == want.shape and got.dtype == (weight.dtype if name == "dw" else dtype)
+        want = want.detach()
         tolerance = TOLERANCE * max(1.0, terms[name]) ** 0.5
-        error = (got - want.detach()).abs().max().item() if want.numel() else 0.0
+        error = ((got - want).abs() - ROUNDING[got.dtype] * want.abs()).max().item() if want.numel() else 0.0
         assert error <= tolerance * (want.abs().max().item() if want.numel() else 0.0), (name, error)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert dx.is_contiguous(memory_format=torch.channels_last)
@@ -87,8 +91,9 @@ def against_the_definition(kernel, n, c, k, h, w):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
-def test_on_the_cpu(shape, cpu_conv_here):
-    against_the_definition(cpu_conv, *shape)
+@pytest.mark.parametrize("dtypes", OF_BOTH, ids=str)
+def test_on_the_cpu(shape, dtypes, cpu_conv_here):
+    against_the_definition(cpu_conv, *shape, *dtypes)
 
 
 @pytest.mark.parametrize("seed", range(15))
@@ -115,10 +120,11 @@ def test_number_of_threads_changes_no_bit(shape, cpu_conv_here):
 
 
 @pytest.mark.parametrize(("c", "k", "h", "w"), [(3, 16, 5, 5), (16, 16, 5, 5), (32, 32, 5, 5), (32, 32, 27, 26)])
-def test_pixels_outside_the_image_are_zeros(c, k, h, w, cpu_conv_here):
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_pixels_outside_the_image_are_zeros(c, k, h, w, dtype, cpu_conv_here):
     """Also where their neighbours in memory are not numbers. The batch and one image of it have tiles of one size."""
     n = 3
-    x, weight, grad = operands(n, c, k, h, w)
+    x, weight, grad = operands(n, c, k, h, w, dtype)
     x[0], x[2], grad[0], grad[2] = (float("nan"),) * 4
     assert torch.equal(cpu_conv.conv(x, weight)[1:2], cpu_conv.conv(x[1:2], weight))
     if c % 16 == 0:  # else the library's
@@ -160,10 +166,12 @@ def test_the_stride_of_one_image_is_any(cpu_conv_here):
     cpu_conv.conv_backward(grad[::2][:1], one, weight, True, dweight)
 
 
-def test_fits_only_where_it_was_measured(cpu_conv_here):
-    def weight(k, c):
-        return torch.randn(k, 3, 3, c).permute(0, 3, 1, 2)
+def weight_of(k, c, dtype=torch.float32):
+    return torch.randn(k, 3, 3, c, dtype=dtype).permute(0, 3, 1, 2)
 
+
+def test_fits_only_where_it_was_measured(cpu_conv_here):
+    weight = weight_of
     x = images(2, 512, 2, 2)
     assert cpu_conv.fits(x, weight(16, 512), "cpu")
     assert cpu_conv.fits(images(2, 32, 4, 4), weight(16, 32), "cpu")
@@ -178,11 +186,33 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
         (x.contiguous(), weight(16, 512), "cpu"),
         (x, weight(16, 512).contiguous(), "cpu"),
         (x.double(), weight(16, 512).double(), "cpu"),
-        (x.bfloat16(), weight(16, 512).bfloat16(), "cpu"),
         (images(2, 32, 4, 4), weight(20, 32), "cpu"),
         (images(2, 36, 4, 4), weight(16, 36), "cpu"),
     ):
         assert not cpu_conv.fits(other_x, other_weight, backend)
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_fits_in_halves(matrices, monkeypatch, cpu_conv_here):
+    """In bfloat16, PyTorch's has instructions of its own on some processors; but not for narrow images."""
+    monkeypatch.setattr(cpu_conv, "_MATRICES", matrices)
+    for dtype in HALVES:
+        theirs, weight = matrices and dtype == torch.bfloat16, weight_of(16, 16, dtype)
+        assert cpu_conv.fits(images(2, 16, 9, 4, dtype=dtype), weight, "cpu")
+        assert cpu_conv.fits(images(2, 16, 4, 5, dtype=dtype), weight, "cpu") is not theirs
+        assert cpu_conv.fits(images(2, 16, 4, 5), weight_of(16, 16), "cpu", dtype) is not theirs  # what they will be
+    assert cpu_conv.fits(images(2, 16, 4, 5), weight_of(16, 16), "cpu")
+
+
+def test_what_the_library_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        for limit, there in (("AVX512_CORE_BF16", False), ("AVX512_CORE_AMX", True), ("default", True), ("", True)):
+            monkeypatch.setenv(name, limit)
+            assert cpu_conv._multiplies_matrices() is there
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not cpu_conv._multiplies_matrices()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +229,10 @@ def test_fits_only_where_it_was_measured(cpu_conv_here):
         (lambda x, w, y: (images(2, 20, 4, 4), x, w[:20]), "expected channels in multiples of 16, got 16 and 20"),
         (lambda x, w, y: (images(2, 0, 4, 4), x, w[:0]), "expected channels in multiples of 16, got 16 and 0"),
         (lambda x, w, y: (y, x[:, :0], w[:, :0]), "expected channels in multiples of 16, got 0 and 32"),
-        (lambda x, w, y: (y, x.double(), w), "expected x float32 of 4 dimensions"),
+        (lambda x, w, y: (y, x.double(), w), "expected x float32, bfloat16 or float16, and weights of its dtype or"),
+        (lambda x, w, y: (y, x, w.half()), "expected x float32, bfloat16 or float16, and weights of its dtype or"),
+        (lambda x, w, y: (y, x.half(), w.bfloat16()), "expected x float32, bfloat16 or float16, and weights of its"),
+        (lambda x, w, y: (y, x.half(), w), "expected y of 4 dimensions and a dtype that goes with the others'"),
         (lambda x, w, y: (y.contiguous(), x, w), "expected y dense in channels_last"),
         (lambda x, w, y: (y, x, w.contiguous()), "expected weight dense in channels_last"),
         (
@@ -230,6 +263,12 @@ def test_wrong_operands_are_refused(wrong, words, cpu_conv_here):
     ):
         with pytest.raises(RuntimeError, match=f"expected {name} dense in channels_last"):
             torch.ops.fractal_kernels_cpu.conv3x3_weight(*wrong_one)
+    for words, *wrong_one in (
+        ("and weights of its dtype or float32", weight.half(), x, y),
+        ("expected grad of 4 dimensions and a dtype", weight, x, y.half()),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fractal_kernels_cpu.conv3x3_weight(*wrong_one)
 
 
 def test_the_gradient_of_few_channels_is_refused(cpu_conv_here):
@@ -237,44 +276,6 @@ def test_the_gradient_of_few_channels_is_refused(cpu_conv_here):
     grad, weight, dx = images(2, 8, 4, 4), torch.randn(8, 3, 3, 16).permute(0, 3, 1, 2), images(2, 16, 4, 4)
     with pytest.raises(RuntimeError, match="expected channels of the gradient in multiples of 16, got 8"):
         torch.ops.fractal_kernels_cpu.conv3x3(dx, grad, weight, True)
-
-
-@pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((512, 512), 4)])
-def test_block_is_the_same_with_it(widths, size, monkeypatch, cpu_conv_here):
-    torch.manual_seed(0)
-    net = fractalnet.FractalNet(5, 3, widths, image_size=size)
-    x, generator = torch.randn(6, 3, size, size), torch.Generator().manual_seed(0)
-    used, choose = [], cpu_conv.fits
-    for _ in range(4):
-        path, grads = net.sample_path(6, generator), []
-        for choice in (lambda *a: used.append(choose(*a)) or used[-1], lambda *_: False):
-            with monkeypatch.context() as patch:
-                patch.setattr(cpu_conv, "fits", choice)
-                net.zero_grad()
-                net(x, path=path).square().sum().backward()
-                grads.append([p.grad.clone() for p in net.parameters()])
-        for a, b in zip(*grads, strict=True):
-            assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
-    assert any(used)
-
-
-def test_block_has_it_in_every_layout_of_the_weights(monkeypatch, cpu_conv_here):
-    """A copy is made of what is not in channels_last as a convolution's weight."""
-    torch.manual_seed(0)
-    net = fractalnet.FractalNet(5, 2, (16, 32), image_size=8)
-    used, choose, results, x = [], cpu_conv.fits, [], torch.randn(6, 3, 8, 8)
-    path = net.sample_path(6, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(cpu_conv, "fits", lambda *a: used.append(choose(*a)) or used[-1])
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        for p in net.parameters():
-            if p.dim() == 4:
-                p.data = p.data.contiguous(memory_format=memory_format)
-        net.zero_grad()
-        out = net(x, path=path)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in net.parameters())])
-    assert used and all(used)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def resident() -> float:
@@ -323,11 +324,11 @@ def test_buffers(cpu_conv_here):
 
 def nothing_around_images_is_read_or_written():
     """A process that does dies. In turn: few tiles, tiles of 2x2 and of 4x4 pixels that are not whole."""
-    for (n, h, w), c in itertools.product([(1, 8, 8), (64, 1, 3), (64, 5, 3)], (16, 3)):
-        y, grad, x = (unread.between_guards((n, 16, h, w)) for _ in range(3))
-        x, weight = x if c == 16 else x[:, :c].clone(), torch.ones(16, 3, 3, c).permute(0, 3, 1, 2)
+    for (n, h, w), c, dtype in itertools.product([(2, 8, 8), (128, 1, 3), (128, 5, 3)], (16, 3), ROUNDING):
+        y, grad, x = (unread.between_guards((n, 16, h, w), dtype) for _ in range(3))
+        x, weight = x if c == 16 else x[:, :c].clone(), torch.ones(16, 3, 3, c, dtype=dtype).permute(0, 3, 1, 2)
         torch.ops.fractal_kernels_cpu.conv3x3(y, x, weight, False)
-        torch.testing.assert_close(y, torch.conv2d(x, weight, padding=1))
+        torch.testing.assert_close(y, torch.conv2d(x.float(), weight.float(), padding=1).to(dtype))
         cpu_conv.conv_backward(grad, x, weight, c == 16, torch.empty_like(weight))
 
 
@@ -337,9 +338,11 @@ sys.path.insert(0, sys.argv[1])
 import test_conv3x3 as t
 fits = t.cpu_conv.fits(*t.operands(2, 32, 16, 5, 4)[:2], "cpu")
 for shape in t.SHAPES if fits else []:
-    t.against_the_definition(t.cpu_conv, *shape)
+    for dtypes in t.OF_BOTH:
+        t.against_the_definition(t.cpu_conv, *shape, *dtypes)
 if fits:
-    t.test_pixels_outside_the_image_are_zeros(32, 32, 5, 5, None)
+    for dtype in t.ROUNDING:
+        t.test_pixels_outside_the_image_are_zeros(32, 32, 5, 5, dtype, None)
     t.nothing_around_images_is_read_or_written()
     try:
         t.test_nothing_is_multiplied_that_was_left_in_memory(32, (8, 2, 2), (1, 2, 2), None)

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import fractal_kernels as fk
 from fractal_kernels import block_rows, cpu_conv
+from fractal_kernels.ops import weights
 
 pytestmark = pytest.mark.usefixtures("cpu_conv_here")
 LAST = torch.channels_last
@@ -120,10 +121,26 @@ def test_one_channel_keeps_the_layout():
     assert step(x, weight).is_contiguous()
 
 
-def test_autocast_is_the_library_s():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, used, monkeypatch):
+    """In its dtype; what it does not cast is the library's. Gradients are in the dtypes of what they are of."""
+    monkeypatch.setattr(cpu_conv, "_MATRICES", False)
     x, weight = operands()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert step(x, weight).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype):
+        y, again = step(x, weight), step(x.detach().to(dtype), weight.detach())
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x, weight)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=LAST)
+    assert torch.equal(y, again) and torch.equal(y, compiled)
+    exact = [t.detach().double().requires_grad_() for t in (x.to(dtype), weight)]
+    want, grad = expected(*exact), torch.randn_like(y)
+    got, wanted = torch.autograd.grad(y, (x, weight), grad), torch.autograd.grad(want, exact, grad.double())
+    for a, b in zip((y, *got), (want, *wanted), strict=True):
+        assert float((a - b).detach().norm()) <= 1e-2 * float(b.detach().norm())
+    assert all(g.dtype == torch.float32 for g in got) and used and all(used)
+    used.clear()
+    with torch.autocast("cpu", dtype):
+        assert step(*(t.detach().double() for t in (x, weight))).dtype == torch.float64
+    assert not used
 
 
 @pytest.mark.parametrize("channels", [16, 20])
@@ -135,6 +152,9 @@ def test_operators(channels):
     torch.library.opcheck(ops.conv3x3.default, (x, weight, "cpu"), test_utils=checks)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops.conv3x3_backward.default, (grad, x, weight, *needs, "cpu"), test_utils=checks)
+        mixed = grad.bfloat16(), x.bfloat16(), weight, *needs, "cpu"
+        torch.library.opcheck(ops.conv3x3_backward.default, mixed, test_utils=checks)
+    torch.library.opcheck(ops.conv3x3.default, (x.bfloat16(), weight, "cpu"), test_utils=checks)
 
 
 def test_operators_give_channels_last_of_any_layout():
@@ -295,3 +315,74 @@ def test_segments_add_up_in_our_convolution(monkeypatch):
         grads.append([t.grad.double() for t in leaves])
     for got, want in zip(*grads, strict=True):
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize(("widths", "size"), [((32, 64), 8), ((512, 512), 4)])
+def test_block_is_the_same_with_it(widths, size, monkeypatch):
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 3, widths, image_size=size)
+    x, generator = torch.randn(6, 3, size, size), torch.Generator().manual_seed(0)
+    used, choose = [], cpu_conv.fits
+    for _ in range(4):
+        path, grads = net.sample_path(6, generator), []
+        for choice in (lambda *a: used.append(choose(*a)) or used[-1], lambda *_: False):
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu_conv, "fits", choice)
+                net.zero_grad()
+                net(x, path=path).square().sum().backward()
+                grads.append([p.grad.clone() for p in net.parameters()])
+        for a, b in zip(*grads, strict=True):
+            assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+    assert any(used)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_block_in_halves(dtype, monkeypatch):
+    """Not farther from the truth than with the library's, which rounds the weights: it is what is rounded, and decided
+    otherwise, that makes the errors."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 3, (32, 64), image_size=8)
+    exact, generator, fits = copy.deepcopy(net).double(), torch.Generator().manual_seed(0), cpu_conv.fits
+    monkeypatch.setattr(cpu_conv, "_MATRICES", False)
+    errors = {True: 0.0, False: 0.0}
+    for _ in range(10):
+        x, path, grads = torch.randn(6, 3, 8, 8), net.sample_path(6, generator), {}
+        for ours, choice in ((None, fits), (True, fits), (False, lambda *_: False)):
+            monkeypatch.setattr(cpu_conv, "fits", choice)
+            model = exact if ours is None else net
+            model.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=ours is not None):
+                model(x.double() if ours is None else x, path=path).square().sum().backward()
+            grads[ours] = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+        for ours in errors:
+            errors[ours] += float((grads[ours] - grads[None]).norm() / grads[None].norm())
+    assert errors[True] <= 1.5 * errors[False] and errors[True] <= 2.5, errors
+
+
+def test_nothing_is_cast_for_it(monkeypatch):
+    """Weights of a block are read in float32 under autocast, their gradients written in it."""
+    monkeypatch.setattr(cpu_conv, "_MATRICES", False)
+    net = fractalnet.FractalNet(10, 3, (16, 16), image_size=8)
+    monkeypatch.setattr(weights, "_cast", lambda *_: pytest.fail("cast"))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(2, 3, 8, 8), path=full_path(2, net.columns)).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_block_has_it_in_every_layout_of_the_weights(monkeypatch):
+    """A copy is made of what is not in channels_last as a convolution's weight."""
+    torch.manual_seed(0)
+    net = fractalnet.FractalNet(5, 2, (16, 32), image_size=8)
+    used, choose, results, x = [], cpu_conv.fits, [], torch.randn(6, 3, 8, 8)
+    path = net.sample_path(6, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(cpu_conv, "fits", lambda *a: used.append(choose(*a)) or used[-1])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for p in net.parameters():
+            if p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=memory_format)
+        net.zero_grad()
+        out = net(x, path=path)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in net.parameters())])
+    assert used and all(used)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -209,8 +209,8 @@ def test_one_convolution_for_units_that_read_the_same(granularity, frozen, monke
 
 @pytest.mark.parametrize("kernel_mix", [1.0, 0.5], ids=["fused", "composed"])
 def test_casts_of_a_network(kernel_mix):
-    """Of a training step under autocast: one copy per block each way."""
-    net = fractalnet.FractalNet(10, 3, (16, 16), image_size=8, kernel_mix=kernel_mix)
+    """Of a training step under autocast: one copy per block each way, where convolutions are PyTorch's."""
+    net = fractalnet.FractalNet(10, 3, (20, 20), image_size=8, kernel_mix=kernel_mix)
     with torch.autocast("cpu", BF16), Counted() as mode:
         net(torch.randn(2, 3, 8, 8), path=full_path(2, net.columns), dense=True).sum().backward()
     assert mode.calls["_foreach_copy_"] == 4

@@ -106,15 +106,16 @@ def at_an_end(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype = 
     return t.copy_(torch.randn(shape))
 
 
-def between_guards(shape: tuple[int, ...]) -> Tensor:
+def between_guards(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Ones in channels_last, whole pages, before and behind which nothing may be read."""
     n, c, h, w = shape
-    pages = 4 * n * c * h * w // mmap.PAGESIZE * mmap.PAGESIZE
-    memory = torch.frombuffer(mmap.mmap(-1, pages + 2 * mmap.PAGESIZE), dtype=torch.float32)
+    size = dtype.itemsize
+    pages = size * n * c * h * w // mmap.PAGESIZE * mmap.PAGESIZE
+    memory = torch.frombuffer(mmap.mmap(-1, pages + 2 * mmap.PAGESIZE), dtype=dtype)
     for at in (0, mmap.PAGESIZE + pages):
         if _protect(memory.data_ptr() + at, mmap.PAGESIZE, NOTHING):
             raise OSError(ctypes.get_errno(), "mprotect")
-    return memory[mmap.PAGESIZE // 4 :][: pages // 4].fill_(1.0).view(n, h, w, c).permute(0, 3, 1, 2)
+    return memory[mmap.PAGESIZE // size :][: pages // size].fill_(1.0).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def ends(backend: str) -> int:

@@ -38,16 +38,16 @@ struct Free {
 };
 thread_local Free free_buffers;
 
-// A float32 tensor [N, C, H, W] whose channels are innermost, without gaps.
-float* dense(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4, "conv3x3: expected ", name,
-                  " float32 of 4 dimensions");
+// A tensor [N, C, H, W] of a dtype whose channels are innermost, without gaps.
+void* dense(const char* name, const Tensor& t, ScalarType dtype) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 4, "conv3x3: expected ", name,
+                  " of 4 dimensions and a dtype that goes with the others'");
   int64_t stride = 1;
   for (int64_t d : {1, 3, 2, 0}) {
     STD_TORCH_CHECK(t.size(d) == 1 || t.stride(d) == stride, "conv3x3: expected ", name, " dense in channels_last");
     stride *= t.size(d);
   }
-  return static_cast<float*>(t.data_ptr());
+  return t.data_ptr();
 }
 
 // Transforms run along input channels, a cache line of them at a time.
@@ -71,10 +71,15 @@ Conv make_conv(const Tensor& x, int64_t in, int64_t out) {
   return conv;
 }
 
-const ConvKernels& kernels() {
+const ConvKernels& kernels(ScalarType images, ScalarType weights) {
+  constexpr auto kFloat = ScalarType::Float, kBFloat = ScalarType::BFloat16, kHalf = ScalarType::Half;
+  constexpr ScalarType kOfBoth[kConvDtypes][2] = {
+      {kFloat, kFloat}, {kBFloat, kBFloat}, {kHalf, kHalf}, {kBFloat, kFloat}, {kHalf, kFloat}};
   const ConvKernels* found = selected_isa().conv;
   STD_TORCH_CHECK(found != nullptr, "conv3x3: no kernel for this processor's instruction set");
-  return *found;
+  for (int i = 0; i < kConvDtypes; ++i)
+    if (kOfBoth[i][0] == images && kOfBoth[i][1] == weights) return found[i];
+  STD_TORCH_CHECK(false, "conv3x3: expected x float32, bfloat16 or float16, and weights of its dtype or float32");
 }
 
 const Winograd& winograd(const ConvKernels& k, const Conv& conv) {
@@ -98,14 +103,14 @@ Direct make_direct(const Conv& conv) {
   return job;
 }
 
-void direct(const ConvKernels& k, const Conv& conv, const float* w) {
+void direct(const ConvKernels& k, const Conv& conv, const void* w) {
   const Direct job = make_direct(conv);
   const Buffer u(9 * job.in * job.out);
   k.direct_weights(w, job.out, job.in, u.data);
   parallel(job.N * job.bands, [&](int64_t begin, int64_t end) { k.direct_forward(job, u.data, begin, end); });
 }
 
-void direct_weight(const ConvKernels& k, const Conv& conv, const float* grad, float* dw) {
+void direct_weight(const ConvKernels& k, const Conv& conv, const void* grad, void* dw) {
   Direct job = make_direct(conv);
   job.grad = grad;
   job.sum_row = round_up(3 * job.in, kLine);
@@ -123,10 +128,11 @@ void conv3x3(Tensor y, Tensor x, Tensor weight, bool turned) {
   STD_TORCH_CHECK(x.size(1) == conv.in && y.size(1) == conv.out && y.size(0) == conv.N && y.size(2) == conv.H &&
                       y.size(3) == conv.W && weight.size(2) == 3 && weight.size(3) == 3,
                   "conv3x3: shapes of y, x and weight do not agree");
-  conv.x = dense("x", x), conv.y = dense("y", y);
-  const float* w = dense("weight", weight);
+  const ScalarType dtype = x.scalar_type();
+  const ConvKernels& k = kernels(dtype, weight.scalar_type());
+  conv.x = dense("x", x, dtype), conv.y = dense("y", y, dtype);
+  const void* w = dense("weight", weight, weight.scalar_type());
   if (conv.tiles == 0) return;
-  const ConvKernels& k = kernels();
   if (few_channels(conv.in)) {
     STD_TORCH_CHECK(!turned, "conv3x3: expected channels of the gradient in multiples of ", kLine, ", got ", out);
     return direct(k, conv, w);
@@ -185,9 +191,10 @@ void conv3x3_weight(Tensor dweight, Tensor x, Tensor grad) {
   STD_TORCH_CHECK(x.size(1) == in && grad.size(1) == out && grad.size(0) == job.x.N && grad.size(2) == job.x.H &&
                       grad.size(3) == job.x.W && dweight.size(2) == 3 && dweight.size(3) == 3,
                   "conv3x3_weight: shapes of dweight, x and grad do not agree");
-  job.x.x = dense("x", x), job.grad = dense("grad", grad);
-  float* dw = dense("dweight", dweight);
-  const ConvKernels& k = kernels();
+  const ScalarType dtype = x.scalar_type();
+  const ConvKernels& k = kernels(dtype, dweight.scalar_type());
+  job.x.x = dense("x", x, dtype), job.grad = dense("grad", grad, dtype);
+  void* dw = dense("dweight", dweight, dweight.scalar_type());
   if (few_channels(in)) return direct_weight(k, job.x, job.grad, dw);
   const Winograd& of = winograd(k, job.x);
   const int64_t tiles = job.x.tiles, of_tile = points(job.x.tile), size = of_tile * in * out,

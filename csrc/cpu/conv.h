@@ -1,7 +1,8 @@
-// A 3x3 convolution with padding 1 in float32 and its gradients: as defined where an image has few channels, else by
-// Winograd's F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray 2016, arXiv:1509.09308), 36 products where the definition has
-// 144, or 16 where it has 36. Filled in conv.cpp, executed by the SIMD translation units. Images are [N, H, W,
-// channels].
+// A 3x3 convolution with padding 1 and its gradients, of float32, bfloat16 or float16, in float32 arithmetic: as
+// defined where an image has few channels, else by Winograd's F(4x4, 3x3) or F(2x2, 3x3) (Lavin & Gray 2016,
+// arXiv:1509.09308), 36 products where the definition has 144, or 16 where it has 36. Filled in conv.cpp, executed by
+// the SIMD translation units. Images are [N, H, W, channels]. Weights and their gradients are of the images' dtype or
+// float32, as what lies between is.
 #pragma once
 #include <cstdint>
 
@@ -19,8 +20,8 @@ static constexpr int64_t weight_rows(int64_t channels) { return channels + 5; }
 struct Conv {
   int64_t N, H, W;
   int64_t in, out;        // channels of the product: of what is read and of what is written
-  const float* x;         // [N, H, W, in]
-  float* y;               // [N, H, W, out]
+  const void* x;          // [N, H, W, in]
+  void* y;                // [N, H, W, out]
   int tile;               // T
   int64_t across, tiles;  // tiles of a row of an image, of the batch
   int64_t block;          // tiles that are taken together, at most
@@ -29,14 +30,14 @@ struct Conv {
 
 // Weights [out, 3, 3, in]; `turned`: by half a turn, of the gradient of x, whose channels are the output.
 struct Filters {
-  const float* w;
+  const void* w;
   int64_t out, in;
   bool turned;
 };
 
 struct WeightGradient {
   Conv x;                 // in = C_in
-  const float* grad;      // [N, H, W, C_out]
+  const void* grad;       // [N, H, W, C_out]
   int64_t columns;        // C_out
   int64_t first, count;   // the tiles of this pass
   bool add;               // to the sums of an earlier pass
@@ -48,9 +49,9 @@ struct WeightGradient {
 // As defined: a few rows of an image at a time, copied between zeros.
 struct Direct {
   int64_t N, H, W, in, out;
-  const float* x;       // [N, H, W, in]
-  const float* grad;    // [N, H, W, out]
-  float* y;             // [N, H, W, out]
+  const void* x;        // [N, H, W, in]
+  const void* grad;     // [N, H, W, out]
+  void* y;              // [N, H, W, out]
   int64_t band, bands;  // rows that are taken together; how many times in an image
   int64_t pitch;        // floats of a row of the copy
   float* sums;          // [parts][out][3][sum_row]
@@ -82,19 +83,22 @@ struct Winograd {
   void (*channels)(const Conv& conv, const Filters& filters, const float* v, int64_t begin, int64_t end);  // of output
   void (*gradient_tiles)(const WeightGradient& job, int64_t begin, int64_t end);    // tiles of the pass
   void (*gradient_product)(const WeightGradient& job, int64_t begin, int64_t end);  // (point, group of kGroup rows)
-  void (*gradient_weights)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
+  void (*gradient_weights)(const WeightGradient& job, void* dw, int64_t begin, int64_t end);  // output channels
   // Of one pass and one part both at once, for tiles of 2 x 2: larger ones are never so few.
-  void (*gradient_channels)(const WeightGradient& job, float* dw, int64_t begin, int64_t end);  // output channels
+  void (*gradient_channels)(const WeightGradient& job, void* dw, int64_t begin, int64_t end);  // output channels
 };
+
+// Of images and of weights: float32; bfloat16; float16; bfloat16 with float32; float16 with float32.
+constexpr int kConvDtypes = 5;
 
 struct ConvKernels {
   int64_t (*plane)(int64_t rows, int64_t channels);  // floats of a plane of transformed values
   Winograd tiles_of_2, tiles_of_4;
 
-  void (*direct_weights)(const float* w, int64_t out, int64_t in, float* u);              // of the output alone
+  void (*direct_weights)(const void* w, int64_t out, int64_t in, float* u);               // of the output alone
   void (*direct_forward)(const Direct& job, const float* u, int64_t begin, int64_t end);  // items: bands of the batch
   void (*direct_gradient)(const Direct& job, int64_t begin, int64_t end);                 // parts
-  void (*direct_sum)(const Direct& job, float* dw, int64_t begin, int64_t end);           // output channels
+  void (*direct_sum)(const Direct& job, void* dw, int64_t begin, int64_t end);            // output channels
 };
 
 constexpr int64_t kLine = 16;   // floats of a cache line; channels are a multiple
@@ -108,10 +112,10 @@ static inline int64_t first_tile(const Conv& c, int64_t b) {
 
 #if defined(__x86_64__)
 namespace avx2 {
-extern const ConvKernels conv_kernels;
+extern const ConvKernels conv_kernels[kConvDtypes];
 }
 namespace avx512 {
-extern const ConvKernels conv_kernels;
+extern const ConvKernels conv_kernels[kConvDtypes];
 }
 #endif
 

@@ -8,7 +8,7 @@ namespace fractal::cpu {
 struct Isa {
   const char* name;
   RunFn run;
-  const ConvKernels* conv;  // null: none for this set
+  const ConvKernels* conv;  // [kConvDtypes], or null: none for this set
 };
 
 const Isa& selected_isa();

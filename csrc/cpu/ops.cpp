@@ -349,8 +349,8 @@ std::vector<Isa> supported_isas() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    list.push_back({"avx512", avx512::run, &avx512::conv_kernels});
-  if (avx2) list.push_back({"avx2", avx2::run, &avx2::conv_kernels});
+    list.push_back({"avx512", avx512::run, avx512::conv_kernels});
+  if (avx2) list.push_back({"avx2", avx2::run, avx2::conv_kernels});
 #endif
   list.push_back({"baseline", baseline::run, nullptr});
   return list;

@@ -27,7 +27,7 @@ _LIB.define(
 def _conv3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     if cpu_conv.fits(x, weight, backend):
         return cpu_conv.conv(x, weight)
-    return to_layout(torch.conv2d(x, weight, padding=1), True)
+    return to_layout(torch.conv2d(x, weight.to(x.dtype), padding=1), True)
 
 
 @torch.library.impl(_LIB, "conv3x3_backward", "CompositeExplicitAutograd")
@@ -42,8 +42,9 @@ def _conv3x3_backward(
         dx = cpu_conv.conv_backward(grad, x, weight, needs_x, dweight)
     else:
         dx, dweight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, _ONE, _ONE, _ONE, False, _NONE, 1, [needs_x, needs_weight, False]
+            grad, x, weight.to(x.dtype), None, _ONE, _ONE, _ONE, False, _NONE, 1, [needs_x, needs_weight, False]
         )
+        dweight = dweight.to(weight.dtype) if needs_weight else None
     return tuple(x.new_empty(0) if d is None else to_layout(d, True) for d in (dx, dweight))  # type: ignore[return-value]
 
 
@@ -62,7 +63,7 @@ def _conv3x3_backward_fake(
 
 def _conv3x3_gradients(ctx: Any, grad: Tensor) -> Gradients:
     x, weight = inputs = inputs_of(ctx)
-    return gradients(ctx, torch.conv2d(x, weight, padding=1), inputs, grad)  # type: ignore[arg-type]
+    return gradients(ctx, torch.conv2d(x, weight.to(x.dtype), padding=1), inputs, grad)  # type: ignore[arg-type,union-attr]
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -89,17 +90,26 @@ def is_plain_3x3(size: object, stride: object, padding: object, dilation: object
 def conv2d_3x3(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     """A 3x3 convolution with padding 1 on a backend: ours where it is there and faster, else PyTorch's.
 
+    Under autocast ours reads a weight of float32 as it is.
+
     Not of one channel, which is in both layouts: PyTorch decides in which its output is. And it is PyTorch that reports
     operands that do not go together.
     """
     if x.device != weight.device:  # of a weight on "meta" PyTorch, too, would read whatever is there
         raise ValueError(f"conv_bn_relu: expected conv_weight on {x.device}, got {weight.device}")
-    if exported.foreign_tool() or checks.is_autocast(x):
+    if exported.foreign_tool():
         return F.conv2d(x, weight, padding=1)
-    valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1 and x.dtype == weight.dtype
-    if not valid or 0 in x.shape[2:] or not cpu_conv.fits(x, weight, backend):
+    valid = x.dim() == 4 and x.shape[1] == weight.shape[1] > 1
+    if checks.is_autocast(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        valid = valid and torch.float64 not in (x.dtype, weight.dtype)  # which autocast leaves as they are
+    else:
+        dtype = x.dtype
+        valid = valid and weight.dtype == dtype
+    if not valid or 0 in x.shape[2:] or not cpu_conv.fits(x, weight, backend, dtype):
         return F.conv2d(x, weight, padding=1)
-    return _Conv3x3.apply(x, weight, backend)  # type: ignore[no-any-return, no-untyped-call]
+    weight = weight if weight.dtype == torch.float32 else weight.to(dtype)
+    return _Conv3x3.apply(x.to(dtype), weight, backend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -174,10 +184,11 @@ def conv_bn_relu(
     Returns:
         [N, C_out, H', W']. Under autocast the convolution runs in the autocast dtype, the rest in float32 arithmetic.
         The backward saves x, the convolution's output and two vectors. The convolution is PyTorch's, except on the CPU
-        in float32 for x and conv_weight in channels_last, where it is 3x3 of stride, padding, dilation and groups 1
-        without bias, C_out a multiple of 16 and C_in another or from 2 to 15, and x is not one image of fewer than 64
-        pixels: there it is this package's, as in :func:`fractal_block`: faster, errors within 4e-6 of the largest value
-        for up to 256 channels, but NaN around an infinity in x.
+        for x and conv_weight in channels_last, where it is 3x3 of stride, padding, dilation and groups 1 without bias,
+        C_out a multiple of 16 and C_in another or from 2 to 15, and x is not one image of fewer than 64 pixels; nor in
+        bfloat16 on a processor with AMX, unless images are at most 4 pixels wide; nor in float64. There it is this
+        package's, as in :func:`fractal_block`: faster, errors within 4e-6 of the largest value for up to 256 channels
+        beside the rounding of the result, but NaN around an infinity in x.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
     Source:
