@@ -2,9 +2,10 @@
 
 The figures behind `fits` in fractal_kernels/cpu_conv.py and `wide_is_faster` in fractal_kernels/block_rows.py: of
 forward and backward, without the gradient of an image, but for those of few pixels. Kept in results/conv: make bench
-ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", few.json with -k few_pixels; and in results/halves
-conv.json with -k test_halves, on a processor with AMX, and with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 or AVX512_CORE,
-by which PyTorch's is as on a processor without, conv_avx512_bf16.json and conv_avx512.json.
+ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", few.json with -k "few_pixels and float32"; and in
+results/halves conv.json with -k test_halves and few.json with -k "few_pixels and float and 16", on a processor with
+AMX, and with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 or AVX512_CORE, by which PyTorch's is as on a processor without,
+conv_avx512_bf16.json, few_avx512_bf16.json and conv_avx512.json.
 """
 
 from __future__ import annotations
@@ -210,14 +211,18 @@ def test_halves(compare: Callable[..., None], dtype: torch.dtype, case: tuple[in
 
 
 @pytest.mark.parametrize("case", FEW, ids=dash)
-def test_few_pixels(compare: Callable[..., None], case: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_pixels(compare: Callable[..., None], dtype: torch.dtype, case: tuple[int, ...]) -> None:
     """Forward alone, as an answer for one image is."""
     n, c, k, size = case
-    x, weight = channels_last(n, c, size, size), channels_last(k, c, 3, 3)
-    hold_together("conv", [cpu_conv.conv(x, weight)], [Library.conv(x, weight)], 1e-4)
+    x, weight = channels_last(n, c, size, size).to(dtype), channels_last(k, c, 3, 3).to(dtype)
+    hold_together(
+        "conv", [cpu_conv.conv(x, weight)], [Library.conv(x, weight)], 1e-4 if dtype == torch.float32 else 1e-2
+    )
+    name = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
     compare(
         "conv",
-        f"cpu_conv forward, batch {n}, {c} to {k} channels, {size}x{size}",
+        f"cpu_conv forward{name}, batch {n}, {c} to {k} channels, {size}x{size}",
         {"ours": lambda _: cpu_conv.conv(x, weight), "library": lambda _: Library.conv(x, weight)},
         4 * ROUNDS,
     )

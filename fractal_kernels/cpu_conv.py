@@ -22,7 +22,7 @@ from .library import empty, to_layout
 _aten = torch.ops.aten
 _OPS = torch.ops.fractal_kernels_cpu  # which the compiled extension registers
 
-PIXELS_OF_ONE_IMAGE = 64  # measured: benchmarks/results/conv/few.json
+PIXELS_OF_ONE_IMAGE = 64  # in float32; measured: benchmarks/results/conv/few.json, halves/few*.json
 NARROW = 4  # pixels of a row, in bfloat16 where there is AMX; measured: benchmarks/results/halves/conv.json
 _module = backends.extension()[0]
 # At import: torch.compile cannot trace the module.
@@ -52,12 +52,13 @@ def fits(x: Tensor, weight: Tensor, backend: str, dtype: torch.dtype | None = No
     """Whether this case is here, of x in ``dtype`` or its own, and a weight in that or in float32; an image has fewer
     than 16 channels or a multiple of them.
 
-    Of few pixels, what takes the time is the weights, which for one image PyTorch reads as they are. Traced code
-    asks again when it runs.
+    Of few pixels, what takes the time is the weights, which for one image in float32 PyTorch reads as they are. Traced
+    code asks again when it runs.
     """
+    many = (dtype or x.dtype) != torch.float32 or x.shape[0] > 1 or x.numel() >= PIXELS_OF_ONE_IMAGE * x.shape[1]
     return (
         computes(x, weight.shape[0], backend, dtype)
-        and (torch.compiler.is_compiling() or x.shape[0] > 1 or x.numel() >= PIXELS_OF_ONE_IMAGE * x.shape[1])
+        and (torch.compiler.is_compiling() or many)
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)

@@ -201,6 +201,7 @@ def test_fits_in_halves(matrices, monkeypatch, cpu_conv_here):
         assert cpu_conv.fits(images(2, 16, 9, 4, dtype=dtype), weight, "cpu")
         assert cpu_conv.fits(images(2, 16, 4, 5, dtype=dtype), weight, "cpu") is not theirs
         assert cpu_conv.fits(images(2, 16, 4, 5), weight_of(16, 16), "cpu", dtype) is not theirs  # what they will be
+        assert cpu_conv.fits(images(1, 16, 4, 4, dtype=dtype), weight, "cpu")  # of one image, too
     assert cpu_conv.fits(images(2, 16, 4, 5), weight_of(16, 16), "cpu")
 
 

@@ -185,10 +185,10 @@ def conv_bn_relu(
         [N, C_out, H', W']. Under autocast the convolution runs in the autocast dtype, the rest in float32 arithmetic.
         The backward saves x, the convolution's output and two vectors. The convolution is PyTorch's, except on the CPU
         for x and conv_weight in channels_last, where it is 3x3 of stride, padding, dilation and groups 1 without bias,
-        C_out a multiple of 16 and C_in another or from 2 to 15, and x is not one image of fewer than 64 pixels; nor in
-        bfloat16 on a processor with AMX, unless images are at most 4 pixels wide; nor in float64. There it is this
-        package's, as in :func:`fractal_block`: faster, errors within 4e-6 of the largest value for up to 256 channels
-        beside the rounding of the result, but NaN around an infinity in x.
+        C_out a multiple of 16 and C_in another or from 2 to 15; but not in float64, nor in float32 of one image of
+        fewer than 64 pixels, nor in bfloat16 on a processor with AMX, unless images are at most 4 pixels wide. There it
+        is this package's, as in :func:`fractal_block`: faster, errors within 4e-6 of the largest value for up to 256
+        channels beside the rounding of the result, but NaN around an infinity in x.
     Raises:
         ValueError, TypeError: naming the argument. BackendUnavailable: the backend that was named cannot run.
     Source:
