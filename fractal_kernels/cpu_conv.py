@@ -6,7 +6,7 @@ there are few channels. Errors are within 4e-6 of the largest value for up to 25
 pixels) and grow with the root of their number (tests/test_conv3x3.py); but Winograd's method makes NaN of all outputs
 of the tiles that read infinity. Measured against PyTorch's: benchmarks/bench_conv.py. What PyTorch has in bfloat16 is
 faster where the processor multiplies matrices of it (Intel's AMX), but for narrow images, and slower elsewhere; what it
-has in float16 is slower everywhere.
+has in float16 is slower, its backward by far.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ def fits(x: Tensor, weight: Tensor, backend: str, dtype: torch.dtype | None = No
     Of few pixels, what takes the time is the weights, which for one image in float32 PyTorch reads as they are. Traced
     code asks again when it runs.
     """
-    many = (dtype or x.dtype) != torch.float32 or x.shape[0] > 1 or x.numel() >= PIXELS_OF_ONE_IMAGE * x.shape[1]
     return (
         computes(x, weight.shape[0], backend, dtype)
-        and (torch.compiler.is_compiling() or many)
+        and (
+            torch.compiler.is_compiling()  # which would take a comparison of sizes for a reason to compile again
+            or (dtype or x.dtype) != torch.float32
+            or x.shape[0] > 1
+            or x.numel() >= PIXELS_OF_ONE_IMAGE * x.shape[1]
+        )
         and (x.shape[1] < 16 or x.shape[1] % 16 == 0)
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.is_contiguous(memory_format=torch.channels_last)
@@ -78,7 +82,7 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, dweigh
         _OPS.conv3x3_weight.default(dweight, x, grad)
     if not needs_x:
         return None
-    if x.shape[1] % 16:  # in float32: of other dtypes the library's may take a hundred times as long
+    if x.shape[1] % 16:  # in float32: of other dtypes the library's may take many times as long
         one, none = [1, 1], [0, 0]
         of_x: Tensor = _aten.convolution_backward(
             *(t.float() for t in (grad, x, weight)), None, one, one, one, False, none, 1, [True, False, False]
