@@ -4,8 +4,8 @@ The figures behind `fits` in fractal_kernels/cpu_conv.py and `wide_is_faster` in
 forward and backward, without the gradient of an image, but for those of few pixels. Kept in results/conv: make bench
 ARGS="-k bench_conv --output benchmarks/results/conv/avx512.json", few.json with -k "few_pixels and float32"; and in
 results/halves conv.json with -k test_halves and few.json with -k "few_pixels and float and 16", on a processor with
-AMX, and with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 or AVX512_CORE, by which PyTorch's is as on a processor without,
-conv_avx512_bf16.json, few_avx512_bf16.json and conv_avx512.json.
+AMX, and with ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 or AVX512_CORE, by which PyTorch's library does without,
+conv_avx512_bf16.json, few_avx512_bf16.json and conv_avx512.json: of more shapes than are left here.
 """
 
 from __future__ import annotations
@@ -114,8 +114,15 @@ def channels_last(*shape: int, **made: Any) -> Tensor:
     return torch.randn(shape[0], *shape[2:], shape[1], **made).permute(0, 3, 1, 2)
 
 
-def dash(values: tuple[int, ...]) -> str:
-    return "-".join(map(str, values))
+def dash(value: tuple[int, ...] | torch.dtype) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+
+
+def both_ways(kernel: ModuleType | type[Library], x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+    """Forward and backward, without the gradient of an image."""
+    y, dweight = kernel.conv(x, weight), torch.empty_like(weight)
+    dx = kernel.conv_backward(grad, x, weight, x.shape[1] > 3, dweight)
+    return [y, dweight, *([] if dx is None or x.shape[1] <= 3 else [dx])]
 
 
 def row_of_convs(kernel: ModuleType | type[Library], row: tuple[int, ...], **made: Any) -> dict[str, Contender]:
@@ -162,18 +169,12 @@ def test_wide(compare: Callable[..., None], name: str, row: tuple[int, ...]) -> 
 def test_conv(compare: Callable[..., None], case: tuple[int, ...]) -> None:
     n, c, k, size = case
     x, weight, grad = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
-    dweight = torch.empty_like(weight)
-
-    def call(kernel: ModuleType | type[Library]) -> list[Tensor]:
-        y = kernel.conv(x, weight)
-        dx = kernel.conv_backward(grad, x, weight, c > 3, dweight)
-        return [y, dweight, *([] if dx is None or c <= 3 else [dx])]
-
-    hold_together("conv", [t.clone() for t in call(cpu_conv)], call(Library), 1e-4)
+    operands = x, weight, grad
+    hold_together("conv", both_ways(cpu_conv, *operands), both_ways(Library, *operands), 1e-4)
     compare(
         "conv",
         f"cpu_conv, batch {n}, {c} to {k} channels, {size}x{size}",
-        {"ours": lambda _: call(cpu_conv), "library": lambda _: call(Library)},
+        {"ours": lambda _: both_ways(cpu_conv, *operands), "library": lambda _: both_ways(Library, *operands)},
         ROUNDS,
     )
 
@@ -184,28 +185,21 @@ def test_conv(compare: Callable[..., None], case: tuple[int, ...]) -> None:
         *((torch.bfloat16, case) for case in (*SHAPES[2:8:2], *SHAPES[9:15:2], *NARROW)),
         *((torch.float16, case) for case in ((50, 32, 32, 16), (16, 512, 512, 2))),
     ],
-    ids=lambda value: dash(value) if isinstance(value, tuple) else str(value),
+    ids=dash,
 )
 def test_halves(compare: Callable[..., None], dtype: torch.dtype, case: tuple[int, ...]) -> None:
     """Ours beside PyTorch's in bfloat16 and float16, and ours in float32."""
     n, c, k, size = case
-    x, weight, grad = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
-
-    def call(kernel: ModuleType | type[Library], *operands: Tensor) -> list[Tensor]:
-        x, weight, grad = operands
-        y, dweight = kernel.conv(x, weight), torch.empty_like(weight)
-        dx = kernel.conv_backward(grad, x, weight, c > 3, dweight)
-        return [y, dweight, *([] if dx is None or c <= 3 else [dx])]
-
-    halves = [t.to(dtype) for t in (x, weight, grad)]
-    hold_together("conv", call(cpu_conv, *halves), call(Library, *(t.float() for t in halves)), 1e-2)
+    operands = channels_last(n, c, size, size), channels_last(k, c, 3, 3), channels_last(n, k, size, size)
+    halves = [t.to(dtype) for t in operands]
+    hold_together("conv", both_ways(cpu_conv, *halves), both_ways(Library, *(t.float() for t in halves)), 1e-2)
     compare(
         "conv",
-        f"cpu_conv in {str(dtype).removeprefix('torch.')}, batch {n}, {c} to {k} channels, {size}x{size}",
+        f"cpu_conv in {dash(dtype)}, batch {n}, {c} to {k} channels, {size}x{size}",
         {
-            "ours": lambda _: call(cpu_conv, *halves),
-            "library": lambda _: call(Library, *halves),
-            "float32": lambda _: call(cpu_conv, x, weight, grad),
+            "ours": lambda _: both_ways(cpu_conv, *halves),
+            "library": lambda _: both_ways(Library, *halves),
+            "float32": lambda _: both_ways(cpu_conv, *operands),
         },
         ROUNDS,
     )
@@ -217,16 +211,14 @@ def test_halves(compare: Callable[..., None], dtype: torch.dtype, case: tuple[in
         *((torch.float32, case) for case in FEW),
         *itertools.product((torch.bfloat16, torch.float16), [(1, 256, 256, 2), (1, 512, 512, 4), (1, 512, 512, 7)]),
     ],
-    ids=lambda value: dash(value) if isinstance(value, tuple) else str(value),
+    ids=dash,
 )
 def test_few_pixels(compare: Callable[..., None], dtype: torch.dtype, case: tuple[int, ...]) -> None:
     """Forward alone, as an answer for one image is."""
     n, c, k, size = case
     x, weight = channels_last(n, c, size, size).to(dtype), channels_last(k, c, 3, 3).to(dtype)
-    hold_together(
-        "conv", [cpu_conv.conv(x, weight)], [Library.conv(x, weight)], 1e-4 if dtype == torch.float32 else 1e-2
-    )
-    name = "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+    tolerance, name = (1e-4, "") if dtype == torch.float32 else (1e-2, f" in {dash(dtype)}")
+    hold_together("conv", [cpu_conv.conv(x, weight)], [Library.conv(x, weight)], tolerance)
     compare(
         "conv",
         f"cpu_conv forward{name}, batch {n}, {c} to {k} channels, {size}x{size}",
