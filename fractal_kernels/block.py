@@ -28,6 +28,14 @@ def _of(op: Any, x: Tensor, path: Tensor) -> Any:
     return op.default if path.device == x.device else op.host
 
 
+def _forward(*args: Any) -> list[Tensor]:
+    x, path, conv_bias, gamma, beta, mean, var, dense, live, dropout, *options = args[:16]
+    call = _number_of_a_call() if dropout and mean is None and torch.compiler.is_compiling() else 0
+    norm, weights = (conv_bias, gamma, beta, mean, var), list(args[16:])
+    op = _of(_OPS.block_forward, x, path)
+    return op(x, weights, *norm, path, dense, live, dropout, *options, call)  # type: ignore[no-any-return]
+
+
 class BlockOutput(NamedTuple):
     """``out``; and in training per unit: ``counts`` [U], the number of values that its statistics ran over (0: it is
     dead), their ``mean`` and biased ``var`` [U, K] (0 where dead, unless it ran all the same: ``dense``)."""
@@ -89,33 +97,13 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx, x, path, conv_bias, gamma, beta, mean, var, *options = args[:17]
-        (dense, live, dropout, eps, flags, save, fixed, backend, group), weights = options, args[17:]
-        out, count, batch_mean, batch_var, *saved = _of(_OPS.block_forward, x, path)(
-            x,
-            list(weights),
-            conv_bias,
-            gamma,
-            beta,
-            mean,
-            var,
-            path,
-            dense,
-            live,
-            dropout,
-            eps,
-            flags,
-            save,
-            fixed,
-            backend,
-            group,
-            _number_of_a_call() if dropout and mean is None and torch.compiler.is_compiling() else 0,
-        )
+        (dense, _, dropout, eps, flags, _, fixed, backend, group), weights = options, args[17:]
+        out, count, batch_mean, batch_var, *saved = _forward(*args[1:])
         ctx.batch_stats, ctx.conv_bias, ctx.rows = mean is None, conv_bias is not None, len(weights)
         ctx.options = (dense, dropout, eps, flags, fixed, backend, group)
         ctx.donates = not fixed and x.device.type == "cpu" and not _is_watched()
-        if save:
-            stats = (batch_mean, batch_var) if mean is None else (mean, var)
-            ctx.save_for_backward(x, path, conv_bias, gamma, beta, *stats, count, *weights, *saved)
+        stats = (batch_mean, batch_var) if mean is None else (mean, var)
+        ctx.save_for_backward(x, path, conv_bias, gamma, beta, *stats, count, *weights, *saved)
         ctx.mark_non_differentiable(count, batch_mean, batch_var)
         if not torch.compiler.is_compiling():  # a compiler does not know it, and fills no zeros that nobody reads
             ctx.set_materialize_grads(False)
@@ -162,6 +150,8 @@ def _cast(weights: Sequence[Tensor], dtype: torch.dtype, columns: int, path: Ten
     read = list(weights)
     rows = list(range(len(read)))
     cast = any(w.dtype != dtype for w in weights)
+    if not cast and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights):
+        return read
     if cast and type(path) is Tensor and not torch.compiler.is_compiling():  # of others the host has no values
         rows = [r for r, units in enumerate(plan(columns, tuple(path.flatten().tolist())).live) if units]
     for r, wide in zip(rows, wide_weights([[weights[r]] for r in rows], dtype), strict=True):
@@ -308,7 +298,8 @@ def fractal_block(
     if checks.is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dtype = accumulate_dtype(x.dtype)
-    vectors = [None if t is None else t.to(dtype).contiguous() for t in (gamma, beta, mean, var)]
+    exact = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (gamma, beta, mean, var)]
+    vectors = [None if t is None else t.contiguous() for t in exact]
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, *vectors[:2], conv_bias)
     )
@@ -317,8 +308,9 @@ def fractal_block(
     as_they_are = bias is None and cpu_conv.computes(x, channels, backend) and all(w.dtype == dtype for w in weights)
     read = _cast(weights, dtype if as_they_are else x.dtype, columns, None if per_sample or dense else path)
     params = distinct([bias, *vectors, *read])
-    result = _Block.apply(  # type: ignore[no-untyped-call]
+    run = _Block.apply if save else _forward
+    result = run(
         to_layout(x, True), path, *params[:5], dense, live, float(dropout), checks.eps(op, eps), flags, save,
         torch.compiler.is_compiling(), backend, synchronised, *params[5:],
     )  # fmt: skip
-    return BlockOutput(*result)
+    return BlockOutput(*result[:4])

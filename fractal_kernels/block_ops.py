@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import backends, cpu_conv, sync
-from .block_rows import Conv, Layers, Rows, Statistics, gather_weight
+from .block_rows import Conv, Join, Rows, gather_weight, rows_of
+from .block_stats import Layers, Statistics
 from .library import _LIB, POOL, accumulate_dtype, empty, pooled, to_layout
 from .schedule import schedule
 
@@ -31,7 +32,13 @@ IN_PLACE = ("cpu", "reference")
 
 
 def _unbind(*vectors: Tensor | None) -> list[tuple[Tensor, ...]]:
-    return [() if t is None else t.unbind() for t in vectors]
+    """Rows of [U, K]; unbind() takes twice as many calls for them."""
+    return [() if t is None else t.flatten().split_with_sizes([t.shape[1]] * t.shape[0]) for t in vectors]
+
+
+def _norm(join: Join, vectors: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    """Means, vars, weights and biases of the branches, as the launchers take them."""
+    return [[rows[i] for i in join.ids] if rows else [] for rows in vectors]
 
 
 for _overload, _tags in (("", ()), (".host", (torch.Tag.cudagraph_unsafe,))):
@@ -79,28 +86,27 @@ def _block_forward(
     channels = sum(w.shape[0] for w in weights) // units
     training = mean is None
     our_convs = conv_bias is None and cpu_conv.computes(x, channels, backend)
-    rows = Rows(weights, channels, path, dense, flags, x, group if training else "", our_convs)
+    rows = rows_of(weights, channels, path, dense, flags, x, group if training else "", our_convs)
     dtype = accumulate_dtype(x.dtype)
-    count = x.new_empty(units, dtype=dtype)
+    count, stats = (x.new_empty if training else x.new_zeros)(units, dtype=dtype), None
     if mean is None or var is None:
         mean, var = x.new_empty((units, channels), dtype=dtype), x.new_empty((units, channels), dtype=dtype)
-    made = [count, mean, var] if training else [count]
-    if not training or len(rows.segments[0].plan.units) < units:
-        torch._foreach_zero_(made)  # of what does not run; on a GPU one launch
+        if len(rows.segments[0].plan.units) < units:
+            torch._foreach_zero_([count, mean, var])  # of what does not run; on a GPU one launch
+        stats = Statistics(launch, rows, mean, var, count)
     vectors = _unbind(mean, var, gamma, beta)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     ys: list[dict[int, Tensor]] = [{} for _ in rows.segments]
-    stats = Statistics(launch, rows, mean, var, count)
     kept: list[Tensor] = []
     joins: list[Tensor] = []
-    source, bits = x, x.new_empty((0, 0, *x.shape[2:]), dtype=torch.bool)
+    bits = x.new_empty((0, 0, *x.shape[2:]), dtype=torch.bool) if dropout and training else x
+    source = x
     for row in range(rows.rows):
         outputs: list[Tensor] = []
         noises: list[Tensor] = []
-        for conv in rows.convs(row, weights):
-            first, n = conv.group[0].id, len(conv.group)
-            bias = None if conv_bias is None else conv_bias[first : first + n].flatten()
-            inputs, weight = conv.part(source), rows.weight(conv.group, weights)
+        for conv in rows.convs[row]:
+            bias = None if conv_bias is None else conv_bias[conv.ids[0] : conv.ids[-1] + 1].flatten()
+            inputs, weight = conv.part(source), conv.weight(weights[row])
             own = bias is None and cpu_conv.fits(inputs, weight, backend)
             y = cpu_conv.conv(inputs, weight) if own else torch.conv2d(inputs, weight.to(x.dtype), bias, padding=1)
             if dropout and training:
@@ -109,27 +115,26 @@ def _block_forward(
             y = to_layout(y, True)
             outputs.append(y)
             rows.spread(y, conv, ys)
-            if training:
+            if stats:
                 stats.take(y, conv)
-        stats.finish_row(row)
+        if stats:
+            stats.finish_row(row)
         if save:
-            kept += rows.fixed(outputs, row, weights, x) if fixed else outputs
+            kept += rows.fixed(outputs, row, x) if fixed else outputs
             if dropout and training:
-                kept += rows.fixed(noises, row, weights, bits) if fixed else noises
-        joined_here = rows.joins(row)
-        if joined_here or (fixed and rows.keeps_join(row)):
-            pool = row == rows.rows - 1 and flags & POOL
-            target = empty(pooled(shape) if pool else shape, x, True)
-            for i, segment, joined in joined_here:
-                norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
-                branches = [ys[i].pop(u.id) for u in joined]
-                launch.join_forward(segment.part(target), branches, mask, *norm, eps, rows.join_flags(row), True)
-            if save and rows.keeps_join(row):
+                kept += rows.fixed(noises, row, bits) if fixed else noises
+        if rows.joins[row] or (fixed and rows.keeps_join[row]):
+            code = rows.join_flags[row]
+            target = empty(pooled(shape) if code & POOL else shape, x, True)
+            for join in rows.joins[row]:
+                branches, norm = [ys[join.at].pop(i) for i in join.ids], _norm(join, vectors)
+                launch.join_forward(join.segment.part(target), branches, join.mask, *norm, eps, code, True)
+            if save and rows.keeps_join[row]:
                 joins.append(target)
             source = target
-    if training:
+    if stats:
         stats.finish(rows.alive(path, dense, live), x.shape[0] * x.shape[2] * x.shape[3])
-    if not training:
+    else:
         mean, var = x.new_empty(0), x.new_empty(0)
     return [source, count, mean, var, *joins, *kept]
 
@@ -169,7 +174,7 @@ def _block_backward(
     launch = backends.launcher(backend)
     units, channels = mean.shape
     our_convs = not conv_bias and cpu_conv.computes(x, channels, backend)
-    rows = Rows(weights, channels, path, dense, flags, x, group if batch_stats else "", our_convs)
+    rows = rows_of(weights, channels, path, dense, flags, x, group if batch_stats else "", our_convs)
     shape = (x.shape[0], channels, x.shape[2], x.shape[3])
     joins, outputs, noises = rows.unpack(weights, saved, bool(dropout) and batch_stats, fixed)
     vectors = _unbind(mean, var, gamma, beta)
@@ -183,58 +188,59 @@ def _block_backward(
         buffers.append([y if in_place else empty((conv.size, y.shape[1], *shape[2:]), x, True) for conv, y in parts])
         for (conv, y), dy in zip(parts, buffers[-1], strict=True):
             rows.spread(y, conv, ys)
-            rows.spread(dy, conv, dys)
-    order = [u.id for units_here in rows.slots for u in units_here]
+            if not in_place:
+                rows.spread(dy, conv, dys)
+    if in_place:
+        dys = [dict(parts) for parts in ys]
+    order, sizes = rows.order, rows.sizes
     make = x.new_zeros if rows.spread_out else x.new_empty
-    sums = [make((2, len(order), channels), dtype=mean.dtype).unbind()]
+    whole = make((2, len(order), channels), dtype=mean.dtype).unbind()
+    sums = [[s.split_with_sizes(sizes) for s in whole]]  # layer by layer, and row by row
     # Gradients of gamma and beta: this rank's own sums, for data parallelism to average.
-    own = tuple(torch.empty_like(s) for s in sums[0]) if rows.group else sums[0]
+    own = tuple(torch.empty_like(s) for s in whole) if rows.group else whole
     everywhere = rows.numbers(count, shape[0] * shape[2] * shape[3], dense)
-    counts = torch.stack([count[u] for u in order]) if rows.counted and batch_stats else None
-    dweights: list[Tensor] = [x.new_empty(0) for _ in weights]  # each its own: outputs do not alias
+    counts = torch.stack([count[u] for u in order]).split_with_sizes(sizes) if rows.counted and batch_stats else None
+    dweights: list[Tensor | None] = [None] * rows.rows
     dconv_bias = torch.zeros_like(mean) if conv_bias else x.new_empty(0)
-    position, ds = len(order), [segment.part(grad) for segment in rows.segments]
+    ds = [segment.part(grad) for segment in rows.segments]
     zeros: list[Tensor] = []
     for row in range(rows.rows - 1, -1, -1):
-        code, calls, layers = rows.join_flags(row), [], Layers()
-        joined_here, outputs_here, dys_here = rows.joins(row), outputs[row], buffers.pop()
-        end = position
-        position -= len(rows.slots[row])
+        code, calls, layers = rows.join_flags[row], [], Layers()
+        outputs_here, dys_here = outputs[row], buffers.pop()
         needs_source, needs_weight = row > 0 or needs[0], needs[1 + row]
-        if not joined_here and not outputs_here and not rows.group:
+        if not rows.joins[row] and not outputs_here and not rows.group:
             if needs_weight:
                 dweights[row] = gather_weight(weights[row], dweights[row], [], rows, zeros)
             continue
-        for i, segment, joined in joined_here:
-            layer = layers.at(joined) if rows.several else 0
+        for join in rows.joins[row]:
+            layer = layers.at(join.ids) if rows.several else 0
             if layer == len(sums):
-                sums.append((torch.zeros_like(sums[0][0]), torch.zeros_like(sums[0][1])))
-            at = position + (joined[0].column - rows.slots[row][0].column if rows.spread_out else 0)
-            norm, mask = rows.norm(joined, vectors), segment.joined_mask(row, joined)
-            g, branches = to_layout(ds[i], True), [ys[i].pop(u.id) for u in joined]
-            out = [s.narrow(0, at, len(joined)) for s in sums[layer]]
+                sums.append([torch.zeros_like(s).split_with_sizes(sizes) for s in whole])
+            branches = [ys[join.at].pop(i) for i in join.ids]
+            arguments = (to_layout(ds[join.at], True), branches, join.mask, *_norm(join, vectors))
+            out = [rows.in_slot(s[row], row, join) for s in sums[layer]]
             if batch_stats or gamma is not None or beta is not None:
-                launch.join_backward_reduce(*out, g, branches, mask, *norm, eps, code, True)
+                launch.join_backward_reduce(*out, *arguments, eps, code, True)
             if layer:
-                out = [s.narrow(0, at, len(joined)) for s in sums[0]]
-            live = everywhere if counts is None else counts.narrow(0, at, len(joined))
-            calls.append((i, joined, (g, branches, mask, *norm), [*out, live] if batch_stats else []))
+                out = [rows.in_slot(s[row], row, join) for s in sums[0]]
+            live = everywhere if counts is None else rows.in_slot(counts[row], row, join)
+            calls.append((join, arguments, [*out, live] if batch_stats else []))
         for layer in layers.further():
             for s, further in zip(sums[0], sums[layer], strict=True):
-                s[position:end] += further[position:end]
+                s[row].add_(further[row])
         if rows.group and rows.slots[row]:
             for s, own_s in zip(sums[0], own, strict=True):
-                own_s[position:end] = s[position:end]
-            total = sync.add(torch.stack([s[position:end] for s in sums[0]]), rows.group)
+                own_s.split_with_sizes(sizes)[row].copy_(s[row])
+            total = sync.add(torch.stack([s[row] for s in sums[0]]), rows.group)
             for s, total_s in zip(sums[0], total, strict=True):
-                s[position:end] = total_s
-        for i, joined, arguments, stats in calls:
-            targets = [dys[i].pop(u.id) for u in joined]
+                s[row].copy_(total_s)
+        for join, arguments, stats in calls:
+            targets = [dys[join.at].pop(i) for i in join.ids]
             launch.join_backward_apply(targets, *arguments, stats, eps, code, True)
         totals: dict[int, Tensor] = {}
         parts_of_weight = []
         for (conv, _), dy, noise in zip(outputs_here, dys_here, noises[row], strict=True):
-            weight = rows.weight(conv.group, weights)
+            weight = conv.weight(weights[row])
             if needs_weight:
                 source = _source(launch, rows, row, conv, x, joins, ys, vectors, eps)
             elif needs_source or conv_bias:
@@ -246,26 +252,25 @@ def _block_backward(
             if not conv_bias and cpu_conv.fits(source, weight, backend):
                 dweight = None
                 if needs_weight:
-                    if not dweights[row].numel() and not rows.several:
-                        dweights[row] = torch.empty_like(weights[row])
-                    there = dweights[row].numel() > 0
-                    dweight = rows.weight(conv.group, dweights) if there else torch.empty_like(weight)
+                    full = dweights[row]
+                    if full is None and not rows.several:
+                        full = dweights[row] = torch.empty_like(weights[row])
+                    dweight = torch.empty_like(weight) if full is None else conv.weight(full)
                 dsource = cpu_conv.conv_backward(dy, source, weight, needs_source, dweight)
             else:
-                sizes, want = ([dy.shape[1]] if conv_bias else None), [needs_source, needs_weight, conv_bias]
+                of_bias, want = ([dy.shape[1]] if conv_bias else None), [needs_source, needs_weight, conv_bias]
                 dsource, dweight, dbias = _aten.convolution_backward(
-                    dy, source, weight.to(dy.dtype), sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
+                    dy, source, weight.to(dy.dtype), of_bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, want
                 )
                 dweight = dweight.to(weight.dtype) if needs_weight else None
                 if conv_bias:
-                    first, n = conv.group[0].id, len(conv.group)
-                    dconv_bias[first : first + n] += dbias.view(n, channels)
+                    dconv_bias[conv.ids[0] : conv.ids[-1] + 1] += dbias.view(-1, channels)
             if dsource is not None:
                 for i in conv.segments:
                     part = rows.segments[i].part(dsource, conv.first)
                     totals[i] = totals[i].add_(part) if i in totals else part
             if dweight is not None:
-                parts_of_weight.append((conv.group, dweight))
+                parts_of_weight.append((conv, dweight))
         if needs_weight:
             dweights[row] = gather_weight(weights[row], dweights[row], parts_of_weight, rows, zeros)
         for i, total in totals.items():
@@ -284,7 +289,8 @@ def _block_backward(
         dx = to_layout(ds[0], True) if len(ds) == 1 else empty(x.shape, x, True)
         for segment, d in zip(rows.segments if len(ds) > 1 else [], ds, strict=False):
             segment.part(dx).copy_(d)
-    return [dx, *dweights, dconv_bias, dgamma, dbeta]
+    filled = (x.new_empty(0) if d is None else d for d in dweights)  # each its own: outputs do not alias
+    return [dx, *filled, dconv_bias, dgamma, dbeta]
 
 
 def _source(
@@ -299,15 +305,14 @@ def _source(
     eps: float,
 ) -> Tensor:
     """What a conv reads: the block's input, a saved join, or a join of one branch computed again."""
-    if row == 0 or rows.keeps_join(row - 1):
+    if row == 0 or rows.keeps_join[row - 1]:
         return conv.part(x if row == 0 else joins[row - 1])
     source = empty((conv.size, rows.channels, *x.shape[2:]), x, True)
-    code = rows.join_flags(row - 1)
-    for i in conv.segments:
-        segment = rows.segments[i]
-        before = segment.plan.joins[row - 1]
-        arguments = [ys[i][u.id] for u in before], segment.joined_mask(row - 1, before), *rows.norm(before, vectors)
-        launch.join_forward(segment.part(source, conv.first), *arguments, eps, code, True)
+    for join in rows.joins[row - 1]:
+        if join.at in conv.segments:
+            arguments = [ys[join.at][i] for i in join.ids], join.mask, *_norm(join, vectors)
+            target = join.segment.part(source, conv.first)
+            launch.join_forward(target, *arguments, eps, rows.join_flags[row - 1], True)
     return source
 
 

@@ -9,13 +9,13 @@ and statistics, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import sync
 from .library import MAX_BRANCHES, POOL, Flags, empty
 from .schedule import Plan, Unit, everything, live_units, plan, runs, schedule, spans
 
@@ -49,8 +49,15 @@ class Segment(NamedTuple):
         """This segment's samples of ``t``, which begins with sample ``first``."""
         return t if self.size == t.shape[0] else t.narrow(0, self.first - first, self.size)
 
-    def joined_mask(self, row: int, joined: tuple[Unit, ...]) -> Tensor | None:
-        return None if self.mask is None else self.mask[row, joined[0].column :]
+
+class Join(NamedTuple):
+    """One join, on one segment."""
+
+    at: int  # the segment's number
+    segment: Segment
+    units: tuple[Unit, ...]
+    ids: tuple[int, ...]
+    mask: Tensor | None
 
 
 class Conv(NamedTuple):
@@ -60,10 +67,17 @@ class Conv(NamedTuple):
     size: int
     group: tuple[Unit, ...]
     segments: tuple[int, ...]  # their numbers
+    ids: tuple[int, ...]
+    channels: tuple[int, int]  # in its row's wide weight, from ... to
 
     def part(self, t: Tensor) -> Tensor:
         """Its samples of ``t``."""
         return t if self.size == t.shape[0] else t.narrow(0, self.first, self.size)
+
+    def weight(self, wide: Tensor) -> Tensor:
+        """Its part of its row's wide weight."""
+        first, last = self.channels
+        return wide if last - first == wide.shape[0] else wide.narrow(0, first, last - first)
 
 
 def live_samples(columns: int, keep: Tensor) -> Tensor:
@@ -83,13 +97,10 @@ def alone(keep: Tensor) -> list[int]:
 
 
 def segments(columns: int, path: Tensor, dense: bool, live: bool, x: Tensor, channels: int) -> list[Segment]:
-    """The segments of a path [R, C] on the host, or [R, C, N] anywhere (on the host where ranges are to be found)."""
+    """The segments of a path [R, C] of which nothing is skipped, or of [R, C, N] (on the host where ranges are to be
+    found)."""
     batch, device = x.shape[0], x.device
-    if path.dim() == 2:
-        if dense:
-            return [Segment(0, batch, everything(columns), path.to(device, non_blocking=True))]
-        return [Segment(0, batch, plan(columns, tuple(path.flatten().tolist())), None)]
-    keep = live_samples(columns, path) if live else path
+    keep = live_samples(columns, path) if live and path.dim() == 3 else path
     mask = keep.contiguous().to(device, non_blocking=True)
     if dense or not live or path.device.type != "cpu" or not ranges_are_faster(x, channels):
         return [Segment(0, batch, everything(columns), mask)]
@@ -122,32 +133,43 @@ def _only(columns: int, column: int) -> Plan:
 
 
 class Rows:
-    """What forward and backward share: what runs, and where a unit's output, parameters and statistics are."""
+    """What forward and backward share: what runs, and where a unit's output, parameters and statistics are.
+
+    ``wide``: whether the convs of the first row, and of the others, run as one each.
+    """
 
     def __init__(
         self,
-        weights: list[Tensor],
+        columns: int,
+        segments: list[Segment],
         channels: int,
-        path: Tensor,
-        dense: bool,
         flags: int,
-        x: Tensor,
+        batch: int,
+        device: torch.device,
         group: str,
-        our_convs: bool,
+        wide: tuple[bool, bool],
+        per_sample: bool,
     ) -> None:
-        self.columns = len(weights).bit_length()
-        self.rows, self.channels, self.flags = len(weights), channels, flags
-        self.our_convs = our_convs
-        self.batch, self.device = x.shape[0], x.device
-        self.schedule = schedule(self.columns)
-        self.segments = segments(self.columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
-        self.per_sample, self.several, self.group = path.dim() == 3, len(self.segments) > 1, group
+        self.schedule = s = schedule(columns)
+        self.rows, self.channels, self.flags, self.batch, self.device = s.rows, channels, flags, batch, device
+        self.segments, self.per_sample, self.several, self.group = segments, per_sample, len(segments) > 1, group
         # Whether a unit's number of live values depends on more than this batch.
         self.counted = self.per_sample and bool(flags & Flags.STATS_LIVE) or bool(group)
         # Units, in the order of the joins that they end in: where their sums are in backward. Ranks whose samples have
         # paths of their own add up the sums of all units, whatever each of them runs.
         self.spread_out = self.several or (self.per_sample and bool(group))
-        self.slots = self.schedule.ends if self.spread_out else self.segments[0].plan.joins
+        self.slots = s.ends if self.spread_out else segments[0].plan.joins
+        self.sizes = [len(units) for units in self.slots]
+        self.order = [u.id for units in self.slots for u in units]
+        # Row by row: every convolution; every join, its flags, and whether it is saved. One branch's is one pass over
+        # that branch, and is computed again in backward.
+        self.convs = [self._convs(row, wide[row > 0]) for row in range(s.rows)]
+        self.joins = [self._joins(row) for row in range(s.rows)]
+        self.join_flags = [flags & ~POOL] * (s.rows - 1) + [flags]
+        self.keeps_join = [len(units) > 1 for units in s.ends[:-1]] + [False]
+        # Where the convolutions' channels are in statistics [1, U*K].
+        groups = [conv.ids for convs in self.convs for conv in convs]
+        self.ranges = tuple((ids[0] * channels, (ids[-1] + 1) * channels) for ids in groups)
 
     def alive(self, path: Tensor, dense: bool, live: Tensor | None) -> Sequence[int] | Tensor:
         """The units that live; of a dense execution bool [U]: its path may be on a device, unread by the host."""
@@ -168,76 +190,66 @@ class Rows:
                 return count[start:last]
         return count.new_full((MAX_BRANCHES,), values)
 
-    def convs(self, row: int, weights: list[Tensor]) -> list[Conv]:
-        """Every convolution of a row."""
-        wide = wide_is_faster(weights[row].shape[1], self.our_convs, self.device)
+    def _convs(self, row: int, wide: bool) -> list[Conv]:
         found: list[Conv] = []
         for i, segment in enumerate(self.segments):
             units = segment.plan.live[row]
             for group in runs(units) if wide else [(unit,) for unit in units]:
-                conv = Conv(segment.first, segment.size, group, (i,))
+                first = (group[0].id - self.schedule.starts[row][0].id) * self.channels
+                place = tuple(u.id for u in group), (first, first + len(group) * self.channels)
+                conv = Conv(segment.first, segment.size, group, (i,), *place)
                 for at, other in enumerate(found):
                     if other.group == group and other.first + other.size == segment.first:
-                        found[at] = Conv(other.first, other.size + segment.size, group, (*other.segments, i))
+                        found[at] = Conv(other.first, other.size + segment.size, group, (*other.segments, i), *place)
                         break
                 else:
                     found.append(conv)
         return found
 
-    def joins(self, row: int) -> list[tuple[int, Segment, tuple[Unit, ...]]]:
-        """Every join of a row: the segment's number, the segment, the branches."""
-        return [(i, s, joined) for i, s in enumerate(self.segments) if (joined := s.plan.joins[row])]
+    def _joins(self, row: int) -> list[Join]:
+        return [
+            Join(i, s, units, tuple(u.id for u in units), None if s.mask is None else s.mask[row, units[0].column :])
+            for i, s in enumerate(self.segments)
+            if (units := s.plan.joins[row])
+        ]
 
-    def offset(self, group: tuple[Unit, ...]) -> int:
-        """Of a group's first channel in its row's wide weight."""
-        return (group[0].id - self.schedule.starts[group[0].start][0].id) * self.channels
-
-    def weight(self, group: tuple[Unit, ...], weights: list[Tensor]) -> Tensor:
-        wide, channels = weights[group[0].start], len(group) * self.channels
-        return wide if channels == wide.shape[0] else wide.narrow(0, self.offset(group), channels)
-
-    def join_flags(self, row: int) -> int:
-        return self.flags if row == self.rows - 1 else self.flags & ~POOL
-
-    def keeps_join(self, row: int) -> bool:
-        """Whether a join is saved. One branch's is one pass over that branch, and is computed again in backward."""
-        return row < self.rows - 1 and len(self.schedule.ends[row]) > 1
-
-    def norm(self, joined: tuple[Unit, ...], vectors: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:
-        """Means, vars, weights and biases of the branches, as the launchers take them."""
-        return [[rows[u.id] for u in joined] if rows else [] for rows in vectors]
+    def in_slot(self, t: Tensor, row: int, join: Join) -> Tensor:
+        """Of a tensor per unit that ends at a row, the part of a join: other segments may have other units there."""
+        n = len(join.units)
+        return t if n == t.shape[0] else t.narrow(0, join.units[0].column - self.slots[row][0].column, n)
 
     def spread(self, y: Tensor, conv: Conv, into: list[dict[int, Tensor]]) -> None:
         """A conv's output as the outputs of its units on its segments."""
         for i in conv.segments:
             part = self.segments[i].part(y, conv.first) if self.several else y
-            for at, unit in enumerate(conv.group):
-                into[i][unit.id] = part if len(conv.group) == 1 else part.narrow(1, at * self.channels, self.channels)
+            n = len(conv.ids)
+            parts = (part,) if n == 1 else part.split_with_sizes([self.channels] * n, 1)
+            into[i].update(zip(conv.ids, parts, strict=True))
 
-    def fixed(self, parts: list[Tensor], row: int, weights: list[Tensor], like: Tensor) -> list[Tensor]:
+    def fixed(self, parts: list[Tensor], row: int, like: Tensor) -> list[Tensor]:
         """The parts of a row in one buffer whose size does not depend on the path (torch.compile)."""
         wide = len(self.schedule.starts[row]) * self.channels
         if len(parts) == 1 and parts[0].shape[:2] == (self.batch, wide):
             return parts
         full = empty((self.batch, wide, *like.shape[2:]), like, True)
-        for part, conv in zip(parts, self.convs(row, weights), strict=True):
+        for part, conv in zip(parts, self.convs[row], strict=True):
             self.in_fixed(full, conv).copy_(part)
         return [full]
 
     def in_fixed(self, full: Tensor, conv: Conv) -> Tensor:
-        return conv.part(full).narrow(1, self.offset(conv.group), len(conv.group) * self.channels)
+        first, last = conv.channels
+        return conv.part(full).narrow(1, first, last - first)
 
     def unpack(
         self, weights: list[Tensor], saved: list[Tensor], noisy: bool, fixed: bool
     ) -> tuple[list[Tensor], list[list[tuple[Conv, Tensor]]], list[list[Tensor | None]]]:
         """Joins by row, convs with their outputs by row, dropout masks by row, from what forward has saved."""
         items = iter(saved)
-        kept = [self.keeps_join(r) and (fixed or bool(self.joins(r))) for r in range(self.rows)]
+        kept = [keeps and (fixed or bool(joins)) for keeps, joins in zip(self.keeps_join, self.joins, strict=True)]
         joins = [next(items) if there else weights[0] for there in kept]
         outputs = []
         noises: list[list[Tensor | None]] = []
-        for row in range(self.rows):
-            convs = self.convs(row, weights)
+        for convs in self.convs:
             parts: list[list[Tensor]] = []
             for _ in range(2 if noisy else 1):
                 if fixed:
@@ -264,115 +276,63 @@ class Rows:
 
 
 def gather_weight(
-    weight: Tensor, full: Tensor, parts: list[tuple[tuple[Unit, ...], Tensor]], rows: Rows, zeros: list[Tensor]
+    weight: Tensor,
+    full: Tensor | None,
+    parts: list[tuple[Conv, Tensor]],
+    rows: Rows,
+    zeros: list[Tensor],
 ) -> Tensor:
     """The gradient of a row's wide weight. ``full`` may hold parts; adds to ``zeros`` what is still to be filled with
     them: a unit that does not live has a gradient of zeros, not None."""
     if len(parts) == 1 and parts[0][1].shape == weight.shape and parts[0][1].stride() == weight.stride():
         return parts[0][1]
-    full = full if full.numel() else torch.empty_like(weight)
+    full = torch.empty_like(weight) if full is None else full
     if not parts:
         zeros.append(full)
         return full
     units = weight.shape[0] // rows.channels
     written = [False] * units
-    for group, dweight in sorted(parts, key=lambda part: -len(part[0])):  # wide ones first: the others add to them
-        offset = rows.offset(group)
-        target, first = full[offset : offset + dweight.shape[0]], offset // rows.channels
+    for conv, dweight in sorted(parts, key=lambda part: -len(part[0].ids)):  # wide ones first: the others add to them
+        target, first, n = conv.weight(full), conv.channels[0] // rows.channels, len(conv.ids)
         if written[first]:
             target.add_(dweight)
         elif dweight.data_ptr() != target.data_ptr():
             target.copy_(dweight)
-        written[first : first + len(group)] = [True] * len(group)
+        written[first : first + n] = [True] * n
     zeros += [full.narrow(0, i * rows.channels, rows.channels) for i in range(units) if not written[i]]
     return full
 
 
-class Layers:
-    """Vectors per unit, added over segments: what is first seen of a unit is in the first layer, its next part in the
-    next one. ``at(units)`` names the layer of a group all of whose units move on together."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, int] = {}
-
-    def at(self, units: tuple[Unit, ...]) -> int:
-        layer = max(self.seen.get(u.id, 0) for u in units)
-        self.seen |= {u.id: layer + 1 for u in units}
-        return layer
-
-    def further(self) -> range:
-        """The layers beyond the first one."""
-        return range(1, max(self.seen.values(), default=1))
-
-
-class Statistics:
-    """Mean, biased variance and number of live values per unit, layer by layer, merged row by row."""
-
-    def __init__(self, launch: Any, rows: Rows, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        self.launch, self.rows = launch, rows
-        self.layers = [(mean, var, count)]
-        self.flat = mean.view(1, -1), var.view(1, -1)
-        self.row = Layers()
-        self.unread = count.new_empty(1)
-        self.to_fill: list[tuple[int, int]] = []  # units whose numbers no kernel writes
-
-    def take(self, y: Tensor, conv: Conv) -> None:
-        """Of a conv's output: its channels at once, or per unit over live samples."""
-        first, n = conv.group[0].id, len(conv.group)
-        if not self.rows.counted:
-            k = self.rows.channels
-            mean, var = self.flat[0].narrow(1, first * k, n * k), self.flat[1].narrow(1, first * k, n * k)
-            there = n == 1 and first % ALIGNED == 0
-            count = self.layers[0][2].narrow(0, first, 1) if there else self.unread
-            self.launch.channel_stats(mean, var, count, [y], None, [], 0.0, None, True)
-            if not there:
-                self.to_fill.append((first, first + n))
-            return
-        layer = self.row.at(conv.group)
-        if layer == len(self.layers):
-            self.layers.append(tuple(torch.zeros_like(t) for t in self.layers[0]))  # type: ignore[arg-type]
-        mean, var, count = (t[first : first + n] for t in self.layers[layer])
-        mask = self.rows.unit_masks(conv)
-        if mask is None:
-            self.launch.channel_stats(mean.view(1, -1), var.view(1, -1), self.unread, [y], None, [], 0.0, None, True)
-            count.fill_(y.shape[0] * y.shape[2] * y.shape[3])
-        else:
-            k = self.rows.channels
-            branches = [y if n == 1 else y.narrow(1, i * k, k) for i in range(n)]
-            self.launch.channel_stats(mean, var, count, branches, mask, [], 0.0, None, True)
-
-    def finish_row(self, row: int) -> None:
-        """Adds up what several segments, and then what all ranks found of the units that start at a row."""
-        if not self.rows.several and not self.rows.group:
-            return
-        units = self.rows.schedule.starts[row]
-        here = slice(units[0].id, units[-1].id + 1)
-        for layer in self.row.further():
-            _merge(*(t[here] for t in self.layers[0]), *(t[here] for t in self.layers[layer]))
-        self.row = Layers()
-        if self.rows.group and (self.rows.per_sample or self.rows.segments[0].plan.live[row]):
-            mean, var, count = (t[here] for t in self.layers[0])
-            sync.merge(mean, var, count, self.rows.group)
-
-    def finish(self, alive: Sequence[int] | Tensor, values: int) -> None:
-        """The number of values of the units that live for the batch, where that is all there is to it; of no other."""
-        count, counted = self.layers[0][2], self.rows.counted
-        if isinstance(alive, Tensor):
-            torch.mul(alive, count if counted else values, out=count)
-            return
-        if not counted and len(alive) == len(count):
-            count.fill_(values)
-            return
-        dead = sorted(set(range(len(count))).difference(alive)) if counted else ()  # which ran, in a dense execution
-        if parts := [count[first:last] for first, last in (spans(dead) if counted else self.to_fill)]:
-            torch._foreach_zero_(parts) if counted else torch._foreach_add_(parts, values)  # to zeros
+def rows_of(
+    weights: list[Tensor],
+    channels: int,
+    path: Tensor,
+    dense: bool,
+    flags: int,
+    x: Tensor,
+    group: str,
+    our_convs: bool,
+) -> Rows:
+    """The rows of a call; those of a path for the batch, in which there are no tensors, are kept for calls like it."""
+    columns, (batch, in_channels) = len(weights).bit_length(), x.shape[:2]
+    wide = wide_is_faster(in_channels, our_convs, x.device), wide_is_faster(channels, our_convs, x.device)
+    options = channels, flags, batch, x.device, group, wide
+    if path.dim() == 2 and not dense:
+        return _of_a_batch(columns, tuple(path.flatten().tolist()), *options)
+    found = segments(columns, path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
+    return Rows(columns, found, *options, per_sample=path.dim() == 3)
 
 
-def _merge(mean: Tensor, var: Tensor, count: Tensor, mean_b: Tensor, var_b: Tensor, count_b: Tensor) -> None:
-    """Adds statistics b to the first ones, in place (Chan et al. 1983)."""
-    total = count + count_b
-    share = (count_b / total.clamp(min=1)).unsqueeze(1)
-    delta = mean_b - mean
-    mean.add_(delta * share)
-    var.lerp_(var_b, share).add_(delta.square_().mul_(share * (1 - share)))
-    count.copy_(total)
+@lru_cache(maxsize=1024)
+def _of_a_batch(
+    columns: int,
+    keep: tuple[bool, ...],
+    channels: int,
+    flags: int,
+    batch: int,
+    device: torch.device,
+    group: str,
+    wide: tuple[bool, bool],
+) -> Rows:
+    whole = Segment(0, batch, plan(columns, keep), None)
+    return Rows(columns, [whole], channels, flags, batch, device, group, wide, per_sample=False)

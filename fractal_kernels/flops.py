@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_rows import segments
-from .library import Flags
+from .block_rows import rows_of
 from .schedule import schedule
 
 _OPS = torch.ops.fractal_kernels
@@ -47,11 +46,10 @@ def _conv3x3_backward(
 def _rows(x: Tensor, weights: list[Tensor], path: Tensor, dense: bool, flags: int) -> list[int]:
     """Of a block's convolutions that live, by row."""
     channels = sum(w.shape[0] for w in weights) // len(schedule(len(weights).bit_length()).units)
-    found = segments(len(weights).bit_length(), path, dense, bool(flags & Flags.STATS_LIVE), x, channels)
-    pixels = x.shape[2] * x.shape[3]
+    convs, pixels = rows_of(weights, channels, path, dense, flags, x, "", False).convs, x.shape[2] * x.shape[3]
     return [
-        sum(2 * s.size * pixels * len(s.plan.live[row]) * channels * w[0].numel() for s in found)
-        for row, w in enumerate(weights)
+        sum(2 * conv.size * pixels * conv.weight(w).numel() for conv in row)
+        for row, w in zip(convs, weights, strict=True)
     ]
 
 

@@ -96,9 +96,9 @@ def empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
             return torch.empty_like(like)  # the same, without the strides being worked out in Python
     if not channels_last:
         return like.new_empty(shape)
-    strides, step = [1] * len(shape), max(shape[1], 1)
+    strides, step = [1] * len(shape), shape[1]
     for d in (*range(len(shape) - 1, 1, -1), 0):
-        strides[d], step = step, step * max(shape[d], 1)
+        strides[d], step = step, step * shape[d]
     return like.new_empty_strided(shape, strides)  # a permuted view could not be changed in place
 
 

@@ -8,7 +8,7 @@ Both are contiguous ranges that end with column C-1. Source: Larsson et al. 2016
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -134,6 +134,32 @@ def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((n, n + 1))
     return found
+
+
+@lru_cache(maxsize=4096)
+def _pieces(ranges: tuple[tuple[int, int], ...], size: int) -> tuple[list[int], list[int]]:
+    """The sizes of the pieces that ranges cut an axis into, and which of the pieces are the ranges."""
+    sizes: list[int] = []
+    own: list[int] = []
+    at = 0
+    for first, last in ranges:
+        own.append(len(sizes) + (first > at))
+        sizes += [first - at] * (first > at) + [last - first]
+        at = last
+    return sizes + [size - at] * (size > at), own
+
+
+def cut(t: Any, ranges: Sequence[tuple[int, int]], dim: int = 0) -> list[Any]:
+    """The parts of a tensor at increasing ranges of an axis: views, by one call.
+
+    Example:
+        >>> import torch
+        >>> [part.tolist() for part in cut(torch.arange(5), [(0, 1), (2, 4)])]
+        [[0], [2, 3]]
+    """
+    sizes, own = _pieces(tuple(ranges), t.shape[dim])
+    pieces = t.split_with_sizes(sizes, dim)
+    return [pieces[i] for i in own]
 
 
 @lru_cache(maxsize=4096)

@@ -256,8 +256,8 @@ def test_a_row_is_one_convolution_but_where_the_cpu_is_slower():
     for device, expected in (("cpu", units), ("meta", [1, 1, 1, 1])):
         weights = [torch.empty(n * 512, 512, 3, 3, device=device) for n in units]
         x = torch.empty(2, 512, 4, 4, device=device)
-        rows = block_rows.Rows(weights, 512, full_path(1, 3).keep[0], False, 0, x, "", False)
-        assert [len(rows.convs(row, weights)) for row in range(4)] == expected
+        rows = block_rows.rows_of(weights, 512, full_path(1, 3).keep[0], False, 0, x, "", False)
+        assert [len(convs) for convs in rows.convs] == expected
 
 
 def test_dead_units_keep_their_statistics_and_sets_are_separate():

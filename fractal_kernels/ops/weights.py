@@ -84,6 +84,6 @@ def wide_weights(groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list
                 found |= dict(zip(many, cast, strict=True))
     for i, group in enumerate(groups):
         if i not in found:
-            wide = group[0].to(dtype) if len(group) == 1 else torch.cat([w.to(dtype) for w in group])
-            found[i] = channels_last(wide)
+            cast = [w if w.dtype == dtype else w.to(dtype) for w in group]
+            found[i] = channels_last(cast[0] if len(cast) == 1 else torch.cat(cast))
     return [found[i] for i in range(len(groups))]

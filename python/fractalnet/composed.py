@@ -147,9 +147,9 @@ class ComposedBlock(Block):
         """[S, U] in the shape of the running statistics."""
         return torch.cat([v.expand(-1, n) for v, n in zip(values.split(1, 1), self.sizes, strict=True)], 1)
 
-    def channels_of(self, first: int, last: int) -> slice:
+    def channels_of(self, first: int, last: int) -> tuple[int, int]:
         """Where a range of units is in a set of the running statistics."""
-        return slice(sum(self.sizes[:first]), sum(self.sizes[:last]))
+        return sum(self.sizes[:first]), sum(self.sizes[:last])
 
     def unit(self, c: int, j: int, set: int = 0) -> UnitViews:
         """Views of column c's j-th conv: ``weight`` [n, C_in, 3, 3], ``weight_1x1`` [K - n, C_in, 1, 1] or None,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fractal_kernels import fractal_block
-from fractal_kernels.schedule import Unit, plan, schedule, spans
+from fractal_kernels.schedule import Unit, cut, plan, schedule, spans
 
 from .layers import init_conv
 
@@ -112,13 +112,14 @@ class Block(nn.Module):
         """
         buffers, sets = [self.num_batches_tracked, self.running_mean, self.running_var], self.running_mean.shape[0]
         if not isinstance(ran, Tensor):  # on a GPU two launches
-            ranges, (tracked, *running) = spans(ran), (buffer[int(alone) % sets] for buffer in buffers)
+            ranges, set = spans(ran), int(alone) % sets
+            tracked, *running = (buffer.select(0, set) for buffer in buffers)
             if ranges:
-                torch._foreach_add_([tracked[first:last] for first, last in ranges], 1)
+                torch._foreach_add_(cut(tracked, ranges), 1)
             if ranges and self.momentum:
-                parts = [self.channels_of(*span) for span in ranges]
+                ranges = [self.channels_of(*span) for span in ranges]
                 batch = [t.to(running[0].dtype) for t in (mean, var)]
-                moved, values = ([t[part] for t in ts for part in parts] for ts in (running, batch))
+                moved, values = ([part for t in ts for part in cut(t, ranges)] for ts in (running, batch))
                 torch._foreach_lerp_(moved, values, self.momentum)
             return
         if torch.compiler.is_compiling():  # the set is data, so that a compiled step is one graph
@@ -160,7 +161,7 @@ class Block(nn.Module):
 
     @staticmethod
     def _borrows(own: Tensor, other: Tensor) -> Tensor:
-        return (own == 0) & (other > 0)
+        return own.logical_not().logical_and(other)
 
     def find(self, c: int, j: int) -> Unit:
         """Column c's j-th unit."""
@@ -262,9 +263,9 @@ class FractalBlock(Block):
         """[S, U] in the shape of the running statistics."""
         return values.unsqueeze(2)
 
-    def channels_of(self, first: int, last: int) -> slice:
+    def channels_of(self, first: int, last: int) -> tuple[int, int]:
         """Where a range of units is in a set of the running statistics."""
-        return slice(first, last)
+        return first, last
 
     def init_weights(self, init: str) -> None:
         for weight in self.weights:
