@@ -29,7 +29,7 @@ README = ROOT / "README.md"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 SETTINGS = ("FRACTAL_CPU_ISA", "LD_PRELOAD", "MALLOC_", "ONEDNN_")  # of the environment what figures depend on
 HEADER = ("what", "ours", "vs eager", "vs torch.compile", "also")
-GROUPS = ("join", "step", "residual", "memory", "depth", "conv")
+GROUPS = ("join", "step", "evaluation", "residual", "memory", "depth", "conv")
 
 
 OTHERS = ("separate", "library", "dense")  # contenders without a column of their own
