@@ -323,7 +323,7 @@ def rows_of(
     return Rows(columns, found, *options, per_sample=path.dim() == 3)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)  # in forward they are laid out, and found again in backward; of C = 8 each is large
 def _of_a_batch(
     columns: int,
     keep: tuple[bool, ...],

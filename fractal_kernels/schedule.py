@@ -136,7 +136,7 @@ def spans(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _pieces(ranges: tuple[tuple[int, int], ...], size: int) -> tuple[list[int], list[int]]:
     """The sizes of the pieces that ranges cut an axis into, and which of the pieces are the ranges."""
     sizes: list[int] = []
