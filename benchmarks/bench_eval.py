@@ -20,7 +20,7 @@ ROUNDS = {"batch": 40, "one": 200}
 @pytest.mark.parametrize("name", ["c3", "wide"])
 @pytest.mark.parametrize("images", ["batch", "one"])
 def test_evaluation(compare: Callable[..., None], images: str, name: str) -> None:
-    """A batch as large as in training, whose time is the kernels', and one image, whose time is the host's."""
+    """A batch as large as in training, and one image."""
     net = NETS[name] if images == "batch" else replace(NETS[name], batch=1)
     x, _ = cases.random_batch(net)
     x_last = x.to(memory_format=torch.channels_last)
